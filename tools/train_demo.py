@@ -1,0 +1,137 @@
+"""Trains the embedded model: `python -m inflash.tools.train_demo -o DIR`.
+
+A small OPT with ReLU on the standard library's source. Language models of this size are not sparse by themselves; one term in the
+loss makes this one so. For activations a >= 0 of a token, (sum a)^2 / sum a^2 is the number of neurons that carry the token (it
+is 1 when one neuron does, F when all do alike) and, unlike an L1 norm, cannot be lowered by shrinking the activations and growing
+the next matrix. Its weight is steered so that the share of active neurons follows a falling target.
+
+Everything random is a function of (seed, step), and the state is an Orbax checkpoint: a killed run goes on where it was.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+from tokenizers import Tokenizer
+
+from .demo_corpus import EOS, texts, train_tokenizer
+from .demo_network import DemoConfig, Parameters, forward, initial_parameters
+
+ACTIVE_TARGET = 0.06  # share of neurons active at the end
+PENALTY_START, PENALTY_LIMITS = 0.02, (1e-3, 5.0)
+
+
+def encode(tokenizer: Tokenizer, held_out: bool, cache: Path) -> np.ndarray:
+    """All the texts as one stream of token ids, uint16, each text ended by `</s>`; kept in `cache`."""
+    if not cache.exists():
+        end = tokenizer.token_to_id(EOS)
+        ids = [encoding.ids[1:] + [end] for encoding in tokenizer.encode_batch(list(texts(held_out)))]
+        np.save(cache, np.concatenate([np.asarray(i, np.uint16) for i in ids]))
+    return np.load(cache)
+
+
+def sample_rows(stream: np.ndarray, rng: np.random.Generator, batch: int, length: int) -> np.ndarray:
+    """[batch, length + 1] int32 token ids: `</s>`, as before every prompt, then a random stretch of the stream."""
+    starts = rng.integers(0, len(stream) - length, batch)
+    rows = np.full((batch, length + 1), 2, np.int32)
+    rows[:, 1:] = stream[starts[:, None] + np.arange(length)]
+    return rows
+
+
+def losses(parameters: Parameters, rows: jax.Array, config: DemoConfig) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Mean cross entropy (nats a token), effective share of neurons (differentiable), active share per layer [num_layers]."""
+    logits, activations = forward(parameters, rows[:, :-1], config)
+    cross_entropy = optax.softmax_cross_entropy_with_integer_labels(logits, rows[:, 1:]).mean()
+    effective = [jnp.mean(a.sum(-1) ** 2 / ((a**2).sum(-1) + 1e-6)) / config.d_ff for a in activations]
+    active = jnp.stack([jnp.mean(a > 0) for a in activations])
+    return cross_entropy, jnp.stack(effective).mean(), active
+
+
+def train(output: Path, config: DemoConfig, steps: int, batch: int, seed: int) -> Parameters:
+    """Runs (or resumes) the training; returns the final parameters, float32."""
+    tokenizer_file = output / "tokenizer.json"
+    if not tokenizer_file.exists():
+        train_tokenizer(config.vocab_size).save(str(tokenizer_file))
+    tokenizer = Tokenizer.from_file(str(tokenizer_file))
+    stream = encode(tokenizer, False, output / "train_tokens.npy")
+    held_out = encode(tokenizer, True, output / "validation_tokens.npy")
+    print(f"{len(stream):,} tokens to train on, {len(held_out):,} held out", flush=True)
+
+    schedule = optax.warmup_cosine_decay_schedule(0.0, 2e-3, steps // 20, steps, 1e-4)
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.95, weight_decay=0.05))
+
+    def objective(parameters: Parameters, rows: jax.Array, penalty: jax.Array):
+        cross_entropy, effective, active = losses(parameters, rows, config)
+        return cross_entropy + penalty * effective, (cross_entropy, active)
+
+    @jax.jit
+    def update(state: dict, rows: jax.Array) -> tuple[dict, jax.Array, jax.Array]:
+        gradient, (cross_entropy, active) = jax.grad(objective, has_aux=True)(
+            state["parameters"], rows, state["penalty"]
+        )
+        updates, optimizer_state = optimizer.update(gradient, state["optimizer"], state["parameters"])
+        progress = jnp.minimum(state["step"] / (0.5 * steps), 1.0)
+        target = 0.5 * (ACTIVE_TARGET / 0.5) ** progress  # falls geometrically during the first half
+        error = jnp.clip(jnp.log(active.mean() / target), -1.0, 1.0)
+        penalty = jnp.clip(state["penalty"] * jnp.exp(0.02 * error), *PENALTY_LIMITS)
+        return (
+            {
+                "parameters": optax.apply_updates(state["parameters"], updates),
+                "optimizer": optimizer_state,
+                "penalty": penalty,
+                "step": state["step"] + 1,
+            },
+            cross_entropy,
+            active,
+        )
+
+    parameters = initial_parameters(jax.random.key(seed), config)
+    state = {
+        "parameters": parameters,
+        "optimizer": optimizer.init(parameters),
+        "penalty": jnp.float32(PENALTY_START),
+        "step": jnp.int32(0),
+    }
+    with ocp.CheckpointManager(output.absolute() / "checkpoints", options=ocp.CheckpointManagerOptions(max_to_keep=2)) as manager:
+        latest = manager.latest_step()
+        if latest is not None:
+            state = manager.restore(latest, args=ocp.args.StandardRestore(state))
+            print(f"resumed at step {latest}", flush=True)
+        start, began = int(state["step"]), time.perf_counter()
+        for step in range(start, steps):
+            rng = np.random.default_rng([seed, step])
+            state, loss, active = update(state, sample_rows(stream, rng, batch, config.max_positions))
+            if step % 25 == 0 or step == steps - 1:
+                seconds = (time.perf_counter() - began) / (step - start + 1)
+                print(
+                    f"step {step:5d}/{steps}  loss {float(loss):.3f}  active {np.round(np.asarray(active), 3)}  "
+                    f"penalty {float(state['penalty']):.3f}  {seconds:.2f} s/step",
+                    flush=True,
+                )
+            if (step + 1) % 200 == 0 or step == steps - 1:
+                manager.save(step + 1, args=ocp.args.StandardSave(state))
+        manager.wait_until_finished()
+    return state["parameters"]
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m inflash.tools.train_demo", description=__doc__)
+    parser.add_argument("-o", "--output", type=Path, required=True, help="folder for checkpoints and the finished model")
+    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--batch", type=int, default=8, help="rows of 512 tokens a step")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args(argv)
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    config = DemoConfig()
+    parameters = train(arguments.output, config, arguments.steps, arguments.batch, arguments.seed)
+    print(json.dumps({"parameters": int(sum(p.size for p in parameters.values()))}))
+
+
+if __name__ == "__main__":
+    main()
