@@ -1,0 +1,107 @@
+"""The feed-forward block as a sum over neurons: any set of them can be added when their rows have arrived.
+
+Axes: B batch or tokens, D d_model, F d_ff, S slots, K gathered neurons (padded), n neurons of a streamed block.
+
+A neuron adds `relu(up . x + bias) * down`. Both functions below add some neurons to an accumulator. What lies beyond `count` is
+padding and may be uninitialised memory: those neurons read the first neuron's rows instead and are given activation 0, which costs
+nothing, where masking the rows themselves (0 * NaN is NaN) would cost a pass over them.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from .linear import linear
+from .row_products import FEW_ROWS, Rows, dot_rows, mix_rows, rounded
+
+
+def gathered_ffn(
+    accumulator: jax.Array,  # [B, D] f32
+    x: jax.Array,  # [B, D] f32
+    up_slots: jax.Array,  # [S, D]
+    down_slots: jax.Array,  # [S, D]
+    up_bias: jax.Array,  # [F] f32
+    predicted: jax.Array,  # [B, F] bool
+    slots: jax.Array,  # [K] int32, rows of the slots, each in [0, S)
+    neuron_ids: jax.Array,  # [K] int32, the neurons that lie there
+    count: jax.Array,  # int32: how many of the K are real
+    *,
+    compute_dtype: jax.typing.DTypeLike,
+) -> jax.Array:
+    """The accumulator plus the neurons in the given slots, each for the sequences that it was predicted for: [B, D] f32.
+
+    Args:
+      compute_dtype: precision of the operands; rows of another dtype are converted after the gather. Sums are float32.
+    """
+    real = jnp.arange(slots.shape[0]) < count
+    slots = lax.optimization_barrier(jnp.where(real, slots, slots[0]))
+    keep = real[None] & predicted.at[:, neuron_ids].get(mode="clip")
+    bias = up_bias.at[neuron_ids].get(mode="clip")
+    total = _add_neurons(
+        accumulator, x, _gathered(up_slots, slots), _gathered(down_slots, slots), bias, keep, compute_dtype=compute_dtype
+    )
+    return jnp.where(count > 0, total, accumulator)
+
+
+def block_ffn(
+    accumulator: jax.Array,  # [B, D] f32
+    x: jax.Array,  # [B, D] f32
+    up: jax.Array,  # [n, D]
+    down: jax.Array,  # [n, D]
+    up_bias: jax.Array,  # [n] f32
+    count: int | jax.Array,  # real rows of the block
+    predicted: jax.Array | None = None,  # [B, n] bool; None: all
+    *,
+    compute_dtype: jax.typing.DTypeLike,
+) -> jax.Array:
+    """The accumulator plus a contiguous block of neurons, for one token or many: [B, D] f32.
+
+    A Python int for `count` that equals n (the dense feed-forward block) spares many-token calls a copy of the block.
+    """
+    num_rows = up.shape[0]
+    if isinstance(count, int) and count == num_rows:
+        keep = jnp.ones((1, 1), bool) if predicted is None else predicted
+        return _add_neurons(accumulator, x, _sliced(up), _sliced(down), up_bias, keep, compute_dtype=compute_dtype)
+    real = jnp.arange(num_rows) < count
+    slots = lax.optimization_barrier(jnp.where(real, jnp.arange(num_rows), 0))
+    keep = real[None] if predicted is None else real[None] & predicted
+    total = _add_neurons(
+        accumulator, x, _gathered(up, slots), _gathered(down, slots), up_bias, keep, compute_dtype=compute_dtype
+    )
+    return jnp.where(jnp.asarray(count) > 0, total, accumulator)
+
+
+def _sliced(matrix: jax.Array) -> Rows:
+    return lambda start, stop: matrix[start:stop]
+
+
+def _gathered(pool: jax.Array, slots: jax.Array) -> Rows:
+    return lambda start, stop: pool.at[slots[start:stop]].get(mode="promise_in_bounds")
+
+
+def _add_neurons(
+    accumulator: jax.Array,
+    x: jax.Array,
+    up_rows: Rows,
+    down_rows: Rows,
+    bias: jax.Array,  # [K] f32
+    keep: jax.Array,  # [B, K] bool, or broadcastable to it
+    *,
+    compute_dtype: jax.typing.DTypeLike,
+) -> jax.Array:
+    num_rows = bias.shape[0]
+    if x.shape[0] > FEW_ROWS:
+        up, down = up_rows(0, num_rows), down_rows(0, num_rows).astype(compute_dtype)
+        hidden = jnp.where(keep, jax.nn.relu(linear(x, up, bias, compute_dtype=compute_dtype)), 0.0)
+        contract_rows = (((1,), (0,)), ((), ()))
+        mixed = lax.dot_general(
+            hidden.astype(compute_dtype), down, contract_rows, preferred_element_type=jnp.float32
+        )
+        return accumulator + mixed
+    hidden = dot_rows(
+        rounded(x, compute_dtype), lambda start, stop: up_rows(start, stop).astype(compute_dtype), num_rows
+    )
+    hidden = jnp.where(keep, jax.nn.relu(hidden + bias[None]), 0.0)
+    return accumulator + mix_rows(
+        rounded(hidden, compute_dtype), lambda start, stop: down_rows(start, stop).astype(compute_dtype)
+    )

@@ -1,0 +1,249 @@
+"""The engine's side of the loaders: starting, asking, waiting, noticing when one dies, and stopping.
+
+Axes: n neurons asked for.
+"""
+
+import os
+import pickle
+import select
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+
+from ..errors import RunError
+from ..storage.store import Store
+from .channel import BYTES, COUNTERS, MOST_PARTS, RANGE, RING_LENGTH, SCATTER, Channel, ChannelRegion
+from .loader import LoaderConfig
+from .slab import Slab, SlabPlan
+
+_STALL_S = 60.0  # no answer for so long means that the disk, or the loader, hangs
+_START_S = 30.0
+_SMALLEST_SHARE_BYTES = 32 << 10
+
+Ticket = tuple[tuple[int, int], ...]
+"""What a request is waited for by: (loader, number) pairs."""
+
+
+@dataclass(slots=True)
+class _Peer:
+    """One loader as the engine sees it."""
+
+    process: subprocess.Popen
+    channel: Channel
+    wake: int
+    errors: int
+    lifeline: int
+    submitted: int = 0
+    next_entry: int = 0
+
+
+class LoaderPool:
+    """Loader processes over one slab. A context manager; closing is idempotent and leaves no process.
+
+    Attributes:
+      bytes_requested: bytes of weights asked for since the pool began.
+      wait_ns: nanoseconds spent waiting for loaders.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        slab: Slab,
+        regions: Sequence[ChannelRegion],
+        *,
+        threads: int,
+        files: Sequence[Path] = (),
+        verify: bool = False,
+    ) -> None:
+        self._bundle_bytes = store.bundles.bundle_bytes
+        self._done = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._peers: list[_Peer] = []
+        self._poll = select.poll()
+        self._poll.register(self._done, select.POLLIN)
+        self._turn = 0
+        self.bytes_requested = 0
+        self.wait_ns = 0
+        try:
+            for region in regions:
+                self._peers.append(self._start(store, slab, region, threads, files, verify))
+                self._poll.register(self._peers[-1].errors, select.POLLIN)
+        except BaseException:
+            self.close()
+            raise
+
+    @staticmethod
+    def reserve(plan: SlabPlan, loaders: int, d_ff: int) -> list[ChannelRegion]:
+        """Room in a slab for the channels of so many loaders; a layer's neurons can be listed four times over."""
+        return [ChannelRegion.reserve(plan, 4 * d_ff) for _ in range(loaders)]
+
+    @property
+    def process_ids(self) -> list[int]:
+        return [peer.process.pid for peer in self._peers]
+
+    def counters(self) -> dict[str, int]:
+        """Totals over all loaders: reads, bytes, busy_ns, requests."""
+        totals = sum((peer.channel.counters.astype(np.int64) for peer in self._peers), np.zeros(len(COUNTERS), np.int64))
+        return dict(zip(COUNTERS, totals.tolist(), strict=True))
+
+    def scatter(self, layer: int, positions: np.ndarray, slots: np.ndarray, parts: Sequence[int]) -> Ticket:
+        """Asks for neurons at `positions` [n] (ascending) of a layer, each into its slot; `parts` are slab offsets."""
+        ticket = []
+        for peer_number, first, last in self._shares(len(positions)):
+            peer = self._peers[peer_number]
+            start = peer.next_entry if peer.next_entry + last - first <= len(peer.channel.positions) else 0
+            peer.channel.positions[start : start + last - first] = positions[first:last]
+            peer.channel.slots[start : start + last - first] = slots[first:last]
+            peer.next_entry = start + last - first
+            ticket.append(self._submit(peer_number, SCATTER, layer, start, last - first, 0, parts))
+        self.bytes_requested += len(positions) * self._bundle_bytes
+        return tuple(ticket)
+
+    def read_range(self, layer: int, position: int, count: int, slot: int, parts: Sequence[int]) -> Ticket:
+        """Asks for `count` neurons in order from `position`, into slots in order from `slot`."""
+        self.bytes_requested += count * self._bundle_bytes
+        return tuple(
+            self._submit(peer_number, RANGE, layer, position + first, last - first, slot + first, parts)
+            for peer_number, first, last in self._shares(count)
+        )
+
+    def read_bytes(self, file: int, offset: int, length: int, target: int) -> Ticket:
+        """Asks for a stretch of a file (its number in `files`), to `target` bytes into the slab."""
+        self.bytes_requested += length
+        self._turn += 1
+        return (self._submit(self._turn % len(self._peers), BYTES, file, offset, length, 0, (target,)),)
+
+    def finished(self, ticket: Ticket) -> bool:
+        return all(int(self._peers[peer].channel.done[number % RING_LENGTH]) >= number for peer, number in ticket)
+
+    def wait(self, ticket: Ticket) -> None:
+        """Returns when the request is done.
+
+        Raises:
+          Exception: whatever a loader met, with the loader's traceback as a note.
+          RunError: a loader died, or nothing happened for a minute.
+        """
+        if self.finished(ticket):
+            return
+        began = time.perf_counter_ns()
+        deadline = time.monotonic() + _STALL_S
+        while not self.finished(ticket):
+            events = self._poll.poll(1000)
+            if any(descriptor == self._done for descriptor, _ in events):
+                os.eventfd_read(self._done)
+                deadline = time.monotonic() + _STALL_S
+            for descriptor, _ in events:
+                if descriptor != self._done:
+                    self._raise_from(descriptor)
+            if not events and time.monotonic() > deadline:
+                raise RunError(f"a read has not finished for {_STALL_S:.0f} s: the disk or a loader process hangs; run again")
+        self.wait_ns += time.perf_counter_ns() - began
+
+    def close(self) -> None:
+        """Stops the loaders: their lifelines close, they leave; one that does not within two seconds is killed."""
+        for peer in self._peers:
+            os.close(peer.lifeline)
+        for peer in self._peers:
+            try:
+                peer.process.wait(timeout=2)
+            except subprocess.TimeoutExpired:
+                peer.process.kill()
+                peer.process.wait()
+            os.close(peer.errors)
+            os.close(peer.wake)
+        self._peers = []
+        if self._done >= 0:
+            os.close(self._done)
+            self._done = -1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _start(
+        self, store: Store, slab: Slab, region: ChannelRegion, threads: int, files: Sequence[Path], verify: bool
+    ) -> _Peer:
+        assert slab.descriptor is not None
+        wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        lifeline_read, lifeline_write = os.pipe()
+        errors_read, errors_write = os.pipe()
+        config = LoaderConfig(
+            store=str(store.path.absolute()),
+            files=tuple(str(file.absolute()) for file in files),
+            d_model=store.config.d_model,
+            num_parts=store.bundles.num_parts,
+            item_bytes=store.bundles.row_bytes // store.config.d_model,
+            threads=threads,
+            verify=verify,
+            slab_bytes=slab.num_bytes,
+            slab_descriptor=slab.descriptor,
+            wake_descriptor=wake,
+            done_descriptor=self._done,
+            lifeline_descriptor=lifeline_read,
+            error_descriptor=errors_write,
+            region=region,
+        )
+        inherited = (slab.descriptor, wake, self._done, lifeline_read, errors_write)
+        try:
+            # A new interpreter rather than multiprocessing's: users' scripts need no `if __name__ == "__main__"`.
+            process = subprocess.Popen(
+                [sys.executable, "-m", "inflash.pipeline.loader", config.to_json()],
+                pass_fds=inherited,
+                stdin=subprocess.DEVNULL,
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+            )
+        finally:
+            os.close(lifeline_read)
+            os.close(errors_write)
+        return _Peer(process=process, channel=Channel(slab, region), wake=wake, errors=errors_read, lifeline=lifeline_write)
+
+    def _shares(self, count: int) -> list[tuple[int, int, int]]:
+        """Splits `count` neurons over the loaders: (loader, first, last)."""
+        most = max(1, count * self._bundle_bytes // _SMALLEST_SHARE_BYTES)
+        shares = min(len(self._peers), most, count)
+        bounds = np.linspace(0, count, shares + 1).astype(int).tolist()
+        self._turn += 1
+        return [
+            ((self._turn + number) % len(self._peers), first, last)
+            for number, (first, last) in enumerate(zip(bounds[:-1], bounds[1:], strict=True))
+        ]
+
+    def _submit(
+        self, number: int, kind: int, source: int, start: int, count: int, slot: int, parts: Sequence[int]
+    ) -> tuple[int, int]:
+        peer = self._peers[number]
+        ticket = peer.submitted + 1
+        if ticket > RING_LENGTH:  # the record's previous user must be finished
+            self.wait(((number, ticket - RING_LENGTH),))
+        padded = tuple(parts) + (0,) * (MOST_PARTS - len(parts))
+        peer.channel.requests[ticket % RING_LENGTH] = (kind, source, start, count, slot, padded)
+        peer.channel.submitted[0] = ticket
+        peer.submitted = ticket
+        os.eventfd_write(peer.wake, 1)
+        return number, ticket
+
+    def _raise_from(self, descriptor: int) -> None:
+        peer = next(peer for peer in self._peers if peer.errors == descriptor)
+        header = os.read(descriptor, 8)
+        if len(header) < 8:
+            try:
+                code = peer.process.wait(timeout=_START_S)
+            except subprocess.TimeoutExpired:
+                code = None
+            raise RunError(
+                f"loader process {peer.process.pid} ended unexpectedly (exit code {code}); finished results are kept, run again"
+            )
+        length = int.from_bytes(header, "little")
+        message = b""
+        while len(message) < length:
+            message += os.read(descriptor, length - len(message))
+        error, text = pickle.loads(message)  # from our own child, over a private pipe
+        error.add_note(f"in loader process {peer.process.pid}:\n{text}")
+        raise error

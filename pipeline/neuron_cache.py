@@ -1,0 +1,165 @@
+"""Which neurons of a layer are in memory, and where: slots, and the policy that frees them. Plain NumPy, no model needed.
+
+Axes: F d_ff, S slots, n neurons of a token.
+
+The work for a token grows with the neurons it touches, not with the slots. Every touch appends (slot, stamp) to a log; an entry
+is current while the slot's newest stamp is its own. The oldest current entries stand at the log's head, so the head yields the
+least recently used neurons (or those that left the window) in order, and stale entries are dropped in passing.
+
+The paper deletes by moving the last rows into the holes, so that the used rows stay contiguous; here the gather takes any rows, so a
+freed slot is just filled again and nothing moves. Reference: arXiv:2312.11514, 3.3.
+"""
+
+from collections import deque
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from ..errors import InflashError
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where a token's neurons are.
+
+    Attributes:
+      hit_ids, hit_slots: [h] int32, neurons already in memory and their slots.
+      miss_ids, miss_slots: [m] int32, neurons to be read, ids ascending, and the slots given to them.
+    """
+
+    hit_ids: np.ndarray
+    hit_slots: np.ndarray
+    miss_ids: np.ndarray
+    miss_slots: np.ndarray
+
+
+class NeuronCache(Protocol):
+    """Slots for one layer's neurons.
+
+    Attributes:
+      num_slots: S.
+    """
+
+    num_slots: int
+
+    def begin_token(self) -> None:
+        """A new token starts: what the policy keeps no longer may be forgotten."""
+        ...
+
+    def place(self, neuron_ids: np.ndarray) -> Placement:
+        """Gives every neuron a slot. The caller fills those of the misses; other calls leave this call's slots alone.
+
+        Args:
+          neuron_ids: [n] int32, ascending, no more than `num_slots`.
+        """
+        ...
+
+    def resident(self) -> np.ndarray:
+        """The neurons in memory, ascending, [at most S] int32."""
+        ...
+
+
+class LeastRecentlyUsed:
+    """Keeps whatever fits and evicts what was not used for longest; within one call, in the order of the ids."""
+
+    def __init__(self, num_neurons: int, num_slots: int) -> None:
+        self.num_slots = num_slots
+        self._slot_of = np.full(num_neurons, -1, np.int32)
+        self._neuron_in = np.full(num_slots, -1, np.int32)
+        self._stamp = np.zeros(num_slots, np.int64)
+        self._free = np.arange(num_slots, dtype=np.int32)  # a stack, its top at _num_free - 1
+        self._num_free = num_slots
+        self._now = 0
+        # Four touches of everything fit before stale entries have to be squeezed out.
+        self._log = np.empty((4 * num_slots + 64, 2), np.int64)
+        self._head = self._tail = 0
+
+    def begin_token(self) -> None:
+        pass
+
+    def place(self, neuron_ids: np.ndarray) -> Placement:
+        if len(neuron_ids) > self.num_slots:
+            raise InflashError(f"neuron cache: {len(neuron_ids)} neurons asked for at once, found {self.num_slots} slots")
+        self._now += 1
+        slots = self._slot_of[neuron_ids]
+        hit = slots >= 0
+        hit_slots = slots[hit]
+        self._stamp[hit_slots] = self._now
+        miss_ids = neuron_ids[~hit]
+        miss_slots = self._take(len(miss_ids))
+        self._slot_of[miss_ids] = miss_slots
+        self._neuron_in[miss_slots] = miss_ids
+        self._stamp[miss_slots] = self._now
+        slots[~hit] = miss_slots
+        self._append(slots)
+        return Placement(neuron_ids[hit], hit_slots, miss_ids, miss_slots)
+
+    def resident(self) -> np.ndarray:
+        return np.sort(self._neuron_in[self._neuron_in >= 0])
+
+    def _take(self, count: int) -> np.ndarray:
+        """`count` slots nobody uses, evicting the oldest when there are too few free ones."""
+        if count > self._num_free:
+            self._release(self._oldest(count - self._num_free, before=self._now))
+        self._num_free -= count
+        return self._free[self._num_free : self._num_free + count].copy()
+
+    def _oldest(self, count: int, before: int) -> np.ndarray:
+        """Takes up to `count` current slots off the log's head, none touched at `before` or later."""
+        taken = [np.empty(0, np.int32)]
+        while count and self._head < self._tail:
+            entries = self._log[self._head : min(self._head + max(count, 64), self._tail)]
+            if entries[0, 1] >= before:
+                break
+            current = (self._stamp[entries[:, 0]] == entries[:, 1]) & (entries[:, 1] < before)
+            ends = np.flatnonzero(current)[:count]
+            if len(ends) == count:
+                consumed = int(ends[-1]) + 1
+            else:  # stop before entries that must stay
+                consumed = int(np.searchsorted(entries[:, 1], before))
+            taken.append(entries[ends, 0].astype(np.int32))
+            count -= len(ends)
+            self._head += consumed
+        return np.concatenate(taken)
+
+    def _release(self, slots: np.ndarray) -> None:
+        self._slot_of[self._neuron_in[slots]] = -1
+        self._neuron_in[slots] = -1
+        self._stamp[slots] = 0
+        self._free[self._num_free : self._num_free + len(slots)] = slots
+        self._num_free += len(slots)
+
+    def _append(self, slots: np.ndarray) -> None:
+        if self._tail + len(slots) > len(self._log):
+            entries = self._log[self._head : self._tail]
+            entries = entries[self._stamp[entries[:, 0]] == entries[:, 1]]
+            self._log[: len(entries)] = entries
+            self._head, self._tail = 0, len(entries)
+        self._log[self._tail : self._tail + len(slots), 0] = slots
+        self._log[self._tail : self._tail + len(slots), 1] = self._now
+        self._tail += len(slots)
+
+
+class SlidingWindow(LeastRecentlyUsed):
+    """The paper's policy: a token finds the neurons of the `window` tokens before it, and nothing older.
+
+    When a window needs more slots than there are, the oldest tokens' neurons go first.
+    """
+
+    def __init__(self, num_neurons: int, num_slots: int, window: int) -> None:
+        super().__init__(num_neurons, num_slots)
+        self._starts: deque[int] = deque(maxlen=window)  # the newest stamp when each of the last tokens began
+
+    def begin_token(self) -> None:
+        if len(self._starts) == self._starts.maxlen:
+            self._release(self._oldest(self.num_slots, before=self._starts[0] + 1))
+        self._starts.append(self._now)
+
+
+def make_cache(num_neurons: int, num_slots: int, policy: str, window: int | None) -> NeuronCache:
+    """The cache of one layer under a policy's name ("lru" or "window")."""
+    if policy == "window":
+        assert window is not None
+        return SlidingWindow(num_neurons, num_slots, window)
+    return LeastRecentlyUsed(num_neurons, num_slots)

@@ -1,0 +1,112 @@
+"""Resident weights: from the store's checkpoints to JAX arrays, one copy in memory.
+
+Axes: F d_ff, D d_model, V vocabulary, E embed_dim.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import jax
+import ml_dtypes
+import numpy as np
+
+from ..errors import RunError
+from ..storage.layout import TensorSpec, resident_specs
+from ..storage.resident import Piece
+from ..storage.store import Store
+
+_ALIGNMENT = 64  # what XLA asks of memory that it is to use in place
+
+COMPUTE_DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype(np.float32)}
+
+
+def compute_dtype(requested: str, stored: str) -> np.dtype:
+    """The dtype of a product's operands. "auto" takes bfloat16 for every 16-bit store: float16 is 15 times slower on a CPU."""
+    if requested == "auto":
+        requested = "float32" if stored == "float32" else "bfloat16"
+    return COMPUTE_DTYPES[requested]
+
+
+def cpu_device() -> jax.Device:
+    return jax.devices("cpu")[0]
+
+
+def alias(view: np.ndarray) -> jax.Array:
+    """A JAX array on the very memory of `view`; later writes to it are seen.
+
+    JAX believes that arrays never change, so whoever writes must know that no dispatched computation still reads.
+
+    Raises:
+      RunError: JAX made a copy.
+    """
+    array = jax.device_put(view, cpu_device(), may_alias=True)
+    if array.unsafe_buffer_pointer() != view.ctypes.data:
+        raise RunError(f"JAX copied shared memory of shape {view.shape} instead of using it in place; jax {jax.__version__}")
+    return array
+
+
+def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Uninitialised memory that XLA can use in place."""
+    num_bytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    raw = np.empty(num_bytes + _ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % _ALIGNMENT
+    return raw[start : start + num_bytes].view(dtype).reshape(shape)
+
+
+def gather_pieces(
+    parts: Iterable[tuple[Piece, np.ndarray]], dtype: np.dtype, skip: frozenset[str] = frozenset()
+) -> dict[str, np.ndarray]:
+    """Whole tensors from their pieces: matrices in `dtype`, vectors as they are."""
+    tensors: dict[str, np.ndarray] = {}
+    for piece, rows in parts:
+        name, shape = piece.spec.name, piece.spec.shape
+        if name in skip:
+            continue
+        if name not in tensors:
+            tensors[name] = aligned_empty(shape, dtype if len(shape) > 1 else rows.dtype)
+        tensors[name][piece.start : piece.stop] = rows
+    return tensors
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelWeights:
+    """What stays in memory for the whole run.
+
+    Attributes:
+      embeddings: the tables of `resident_specs(config, None)`.
+      layers: a dictionary of `resident_specs(config, layer)` each, without `up_bias`.
+      up_bias: [F] float32 each, in the order of the neurons on flash.
+    """
+
+    embeddings: dict[str, jax.Array]
+    layers: list[dict[str, jax.Array]]
+    up_bias: list[np.ndarray]
+
+    @property
+    def num_bytes(self) -> int:
+        groups = [self.embeddings, *self.layers]
+        return sum(array.nbytes for group in groups for array in group.values()) + sum(b.nbytes for b in self.up_bias)
+
+
+def load_weights(store: Store, dtype: np.dtype, skip: frozenset[str] = frozenset()) -> ModelWeights:
+    """Loads everything resident but the tensors named in `skip`; matrices become `dtype`."""
+    embeddings = {name: alias(tensor) for name, tensor in gather_pieces(store.load_resident(None), dtype, skip).items()}
+    layers, up_bias = [], []
+    for layer in range(store.config.num_layers):
+        tensors = gather_pieces(store.load_resident(layer), dtype, skip)
+        up_bias.append(np.ascontiguousarray(tensors.pop("up_bias")[store.neuron_order(layer)]))
+        layers.append({name: alias(tensor) for name, tensor in tensors.items()})
+    return ModelWeights(embeddings=embeddings, layers=layers, up_bias=up_bias)
+
+
+def resident_specs_of(store: Store, skip: frozenset[str] = frozenset()) -> Iterator[TensorSpec]:
+    """The specs of everything that `load_weights` would load."""
+    for layer in (None, *range(store.config.num_layers)):
+        yield from (spec for spec in resident_specs(store.config, layer, store.dtype) if spec.name not in skip)
+
+
+def loaded_bytes(store: Store, dtype: np.dtype, skip: frozenset[str] = frozenset()) -> int:
+    """Bytes that `load_weights` would hold."""
+    return sum(
+        int(np.prod(spec.shape)) * (dtype.itemsize if len(spec.shape) > 1 else 4) for spec in resident_specs_of(store, skip)
+    )

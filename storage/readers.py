@@ -1,0 +1,252 @@
+"""From byte ranges on flash to rows in memory: two readers behind one contract.
+
+Axes: F d_ff, P parts of a bundle, D d_model, S slots, n neurons asked for.
+
+A bundle is one byte range on flash and P rows in memory, each in its part's own array [S, D]: bundled on flash because one large read is
+cheaper than two small ones, separate in DRAM because the kernels want whole matrices of up rows and of down rows.
+Reference: arXiv:2312.11514, 3.2.
+"""
+
+import os
+import threading
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, Self
+
+import numpy as np
+
+from ..errors import InflashError, RunError
+from .checksum import bundle_checksums, joined_checksum
+from .layout import bundles_path, checksums_path
+from .shard_index import RawArray, open_raw_array
+
+_MOST_SEGMENTS = os.sysconf("SC_IOV_MAX") if hasattr(os, "sysconf") else 1024
+_DIRECT = getattr(os, "O_DIRECT", 0)
+_SECTOR_BYTES = 512  # the smallest alignment that any disk asks for; a probe finds those that ask for more
+
+
+@dataclass(frozen=True, slots=True)
+class ReadCount:
+    """What a call has read: system calls (or chunk fetches) and bytes."""
+
+    reads: int
+    num_bytes: int
+
+    def __add__(self, other: "ReadCount") -> "ReadCount":
+        return ReadCount(self.reads + other.reads, self.num_bytes + other.num_bytes)
+
+
+class BundleReader(Protocol):
+    """Reads neurons of one layer into slots."""
+
+    def read(self, positions: np.ndarray, slots: np.ndarray, parts: Sequence[np.ndarray]) -> ReadCount:
+        """Fills `parts[p][slots[i]]` with part p of the neuron at `positions[i]`.
+
+        Args:
+          positions: [n] places in the layer, ascending.
+          slots: [n] rows to fill.
+          parts: P arrays [S, D] of the store's item size, C-contiguous and writable.
+
+        Raises:
+          RunError: a neuron cannot be read, or `verify` found one damaged.
+        """
+        ...
+
+    def close(self) -> None: ...
+
+
+class ZarrReader:
+    """The reference: zarr-python reads the chunks. Right by construction and slow; tests and `inflash verify` use it."""
+
+    def __init__(self, store: Path, layer: int) -> None:
+        import zarr
+
+        self._array = zarr.open_array(str(store), path=bundles_path(layer), mode="r")
+
+    def read(self, positions: np.ndarray, slots: np.ndarray, parts: Sequence[np.ndarray]) -> ReadCount:
+        if len(positions) == 0:
+            return ReadCount(0, 0)
+        bundles = np.asarray(self._array.get_orthogonal_selection((np.asarray(positions),)))
+        for number, part in enumerate(parts):
+            part[slots] = bundles[:, number].view(part.dtype)
+        return ReadCount(len(positions), bundles.nbytes)
+
+    def close(self) -> None:
+        pass
+
+
+class DirectFile:
+    """A file read past the page cache where the file system and the alignment allow it, else through it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._buffered = _open(path, os.O_RDONLY)
+        self._direct: int | None = None
+        if _DIRECT:
+            try:
+                self._direct = os.open(path, os.O_RDONLY | _DIRECT)
+            except OSError:  # tmpfs and others refuse the flag itself
+                self._direct = None
+
+    def can_read_directly(self, segment_bytes: int, address: int, offset: int) -> bool:
+        """Whether scattered direct reads in units of `segment_bytes` work here; asks the disk by trying one."""
+        if self._direct is None or segment_bytes % _SECTOR_BYTES or address % _SECTOR_BYTES or offset % _SECTOR_BYTES:
+            return False
+        room = np.empty(segment_bytes + 4096, np.uint8)
+        # The trial's address has the very alignment that later reads will have.
+        start = (address - room.ctypes.data) % 4096
+        try:
+            return os.preadv(self._direct, [memoryview(room)[start : start + segment_bytes]], offset) == segment_bytes
+        except OSError:
+            return False
+
+    def read(self, segments: Sequence[memoryview], offset: int, length: int, direct: bool) -> int:
+        """Fills `segments` (`length` bytes altogether) from `offset`; returns the number of system calls."""
+        descriptor = self._direct if direct and self._direct is not None else self._buffered
+        done = os.preadv(descriptor, segments, offset)
+        calls = 1
+        while done < length:  # a signal or the kernel's own limit may cut a read short
+            if descriptor != self._buffered:
+                descriptor = self._buffered  # the rest no longer begins on a sector
+            rest = _skip(segments, done)
+            more = os.preadv(descriptor, rest, offset + done)
+            if more == 0:
+                raise RunError(f"{self.path}: expected {length} bytes at {offset}, found the file's end; convert the model again")
+            done, calls = done + more, calls + 1
+        return calls
+
+    def close(self) -> None:
+        for descriptor in (self._buffered, self._direct):
+            if descriptor is not None:
+                os.close(descriptor)
+        self._direct = None
+
+
+class DirectReader:
+    """The hot path: byte ranges resolved once, `preadv` scattering each bundle into its rows, neighbours merged into one call.
+
+    Thread-safe: the descriptors carry no position.
+    """
+
+    def __init__(self, store: Path, layer: int, *, verify: bool = False) -> None:
+        self._layer = layer
+        self._array: RawArray = open_raw_array(store / bundles_path(layer))
+        self._file = DirectFile(self._array.file)
+        self._num_parts = self._array.shape[1]
+        self._row_bytes = self._array.row_bytes // self._num_parts
+        self._modes: dict[tuple[int, ...], bool] = {}
+        self._checksums = read_checksums(store, layer) if verify else None
+
+    def read(self, positions: np.ndarray, slots: np.ndarray, parts: Sequence[np.ndarray]) -> ReadCount:
+        if len(positions) == 0:
+            return ReadCount(0, 0)
+        row_bytes, num_parts = self._row_bytes, self._num_parts
+        direct = self._direct_mode(parts)
+        views = [memoryview(part.view(np.uint8).reshape(-1)) for part in parts]
+        offsets = self._array.row_offsets[positions]
+        starts = (np.asarray(slots, np.int64) * row_bytes).tolist()
+        calls = 0
+        for first, last in _runs(offsets, num_parts * row_bytes, _MOST_SEGMENTS // num_parts):
+            segments = [view[start : start + row_bytes] for start in starts[first:last] for view in views]
+            length = len(segments) * row_bytes
+            try:
+                calls += self._file.read(segments, int(offsets[first]), length, direct)
+            except OSError as error:
+                error.add_note(f"while reading layer {self._layer}, neurons {positions[first]} to {positions[last - 1]}")
+                raise
+        if self._checksums is not None:
+            self._check(positions, slots, parts)
+        return ReadCount(calls, len(positions) * num_parts * row_bytes)
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _direct_mode(self, parts: Sequence[np.ndarray]) -> bool:
+        """Whether rows of these arrays may be read directly; tried once an alignment."""
+        key = tuple(part.ctypes.data % 4096 for part in parts)
+        if key not in self._modes:
+            offset = int(self._array.row_offsets[0])
+            self._modes[key] = all(self._file.can_read_directly(self._row_bytes, address, offset) for address in key)
+            if not self._modes[key]:
+                warn_buffered(self._file.path, self._row_bytes)
+        return self._modes[key]
+
+    def _check(self, positions: np.ndarray, slots: np.ndarray, parts: Sequence[np.ndarray]) -> None:
+        assert self._checksums is not None
+        for position, slot in zip(positions.tolist(), slots.tolist(), strict=True):
+            found = joined_checksum([part[slot] for part in parts])
+            if found != self._checksums[position]:
+                raise RunError(
+                    f"{self._file.path}: layer {self._layer}, neuron at position {position}: expected checksum "
+                    f"{int(self._checksums[position]):08x}, found {found:08x}; the store is damaged, convert the model again"
+                )
+
+
+def read_checksums(store: Path, layer: int) -> np.ndarray:
+    """[F] uint32, the stored checksums of one layer's bundles."""
+    array = open_raw_array(store / checksums_path(layer))
+    return np.fromfile(array.file, "<u4", array.shape[0], offset=int(array.row_offsets[0]))
+
+
+def verify_blocks(reader: BundleReader, checksums: np.ndarray, shape: tuple[int, int, int], dtype: np.dtype) -> list[int]:
+    """Positions of one layer whose bundle does not match its checksum, read in blocks of at most 8 MiB."""
+    num_neurons, num_parts, d_model = shape
+    block = max(1, (8 << 20) // (num_parts * d_model * dtype.itemsize))
+    parts = [np.empty((block, d_model), dtype) for _ in range(num_parts)]
+    damaged: list[int] = []
+    for start in range(0, num_neurons, block):
+        count = min(block, num_neurons - start)
+        reader.read(np.arange(start, start + count), np.arange(count), parts)
+        found = bundle_checksums(np.stack([part[:count] for part in parts], axis=1))
+        damaged += (start + np.flatnonzero(found != checksums[start : start + count])).tolist()
+    return damaged
+
+
+_warned = threading.Event()
+
+
+def warn_buffered(path: Path, row_bytes: int) -> None:
+    """Says once a process that reads go through the page cache."""
+    if not _warned.is_set():
+        _warned.set()
+        warnings.warn(
+            f"{path}: direct I/O is refused for rows of {row_bytes} bytes here, so reads go through the page cache; "
+            "results are the same, speed and memory use are not",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+
+
+def _open(path: Path, flags: int) -> int:
+    try:
+        return os.open(path, flags)
+    except OSError as error:
+        raise InflashError(f"{path}: cannot be opened: {error.strerror}") from error
+
+
+def _runs(offsets: np.ndarray, stride: int, most: int) -> list[tuple[int, int]]:
+    """Stretches [first, last) of neighbours on flash, none longer than `most`."""
+    breaks = (np.flatnonzero(np.diff(offsets) != stride) + 1).tolist()
+    runs = []
+    for first, last in zip([0, *breaks], [*breaks, len(offsets)], strict=True):
+        runs += [(start, min(start + most, last)) for start in range(first, last, most)]
+    return runs
+
+
+def _skip(segments: Sequence[memoryview], done: int) -> list[memoryview]:
+    rest = []
+    for segment in segments:
+        if done >= len(segment):
+            done -= len(segment)
+        else:
+            rest.append(segment[done:])
+            done = 0
+    return rest

@@ -1,0 +1,129 @@
+"""What stays in memory (attention, embeddings, norms, biases) and predictors: Orbax checkpoints of NumPy leaves.
+
+Orbax holds a second copy of what it is writing, so a group of tensors is cut into pieces of at most 256 MiB, each a checkpoint of
+its own. The leaves are uncompressed Zarr arrays: the naive mode streams them by byte range, at the disk's rate.
+"""
+
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import InflashError
+from .layout import TensorSpec, dtype_of
+from .shard_index import open_raw_array
+
+PIECE_BYTES = 256 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Piece:
+    """Rows [start, stop) of one tensor."""
+
+    spec: TensorSpec
+    start: int
+    stop: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.stop - self.start, *self.spec.shape[1:])
+
+    @property
+    def nbytes(self) -> int:
+        return int(np.prod(self.shape)) * dtype_of(self.spec.dtype).itemsize
+
+
+def pieces(specs: Iterable[TensorSpec], limit: int = PIECE_BYTES) -> list[list[Piece]]:
+    """Cuts tensors, in order, into checkpoints of at most `limit` bytes (or one row)."""
+    checkpoints: list[list[Piece]] = [[]]
+    room = limit
+    for spec in specs:
+        row_bytes = spec.nbytes // spec.shape[0]
+        start = 0
+        while start < spec.shape[0]:
+            rows = min(room // row_bytes, spec.shape[0] - start)
+            if rows == 0 and checkpoints[-1]:
+                checkpoints.append([])
+                room = limit
+                continue
+            piece = Piece(spec=spec, start=start, stop=start + max(rows, 1))
+            checkpoints[-1].append(piece)
+            start, room = piece.stop, room - piece.nbytes
+    return checkpoints
+
+
+def save_tensors(folder: Path, specs: tuple[TensorSpec, ...], tensor: Callable[[str], np.ndarray]) -> None:
+    """Writes the group `folder`; `tensor(name)` is asked for each tensor when its turn comes, so that one is in memory at a time.
+
+    Raises:
+      InflashError: a tensor has another shape than its spec.
+    """
+    held: tuple[str, np.ndarray] | None = None
+    for number, checkpoint in enumerate(pieces(specs)):
+        leaves = {}
+        for piece in checkpoint:
+            if held is None or held[0] != piece.spec.name:
+                held = (piece.spec.name, tensor(piece.spec.name))
+                if held[1].shape != piece.spec.shape:
+                    raise InflashError(f"{piece.spec.name}: expected shape {piece.spec.shape}, found {held[1].shape}")
+            leaves[piece.spec.name] = held[1][piece.start : piece.stop].astype(dtype_of(piece.spec.dtype), copy=False)
+        with _checkpointer() as checkpointer:
+            import orbax.checkpoint as ocp
+
+            checkpointer.save((folder / str(number)).absolute(), args=ocp.args.PyTreeSave(leaves))
+
+
+def load_tensors(folder: Path, specs: tuple[TensorSpec, ...]) -> Iterator[tuple[Piece, np.ndarray]]:
+    """Yields every piece of the group `folder` with its rows, a checkpoint at a time.
+
+    Raises:
+      InflashError: the group is missing, cannot be read, or contradicts its specs.
+    """
+    for number, checkpoint in enumerate(pieces(specs)):
+        path = folder / str(number)
+        if not path.is_dir():
+            raise InflashError(f"{path}: expected an Orbax checkpoint, found none; is the store whole?")
+        try:
+            with _checkpointer() as checkpointer:
+                leaves = checkpointer.restore(path.absolute())
+        except Exception as error:  # orbax and tensorstore raise many types; the cause stays attached
+            raise InflashError(f"{path}: this Orbax checkpoint cannot be read: {str(error).splitlines()[0]}") from error
+        for piece in checkpoint:
+            leaf = np.asarray(leaves.get(piece.spec.name))
+            if leaf.shape != piece.shape or leaf.dtype != dtype_of(piece.spec.dtype):
+                raise InflashError(
+                    f"{path}: {piece.spec.name}: expected {piece.spec.dtype} {piece.shape}, found {leaf.dtype} {leaf.shape}"
+                )
+            yield piece, leaf
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ByteRange:
+    """A stretch of a file and where it goes: `length` bytes from `offset`, to `target` bytes into the tensor."""
+
+    file: Path
+    offset: int
+    length: int
+    target: int
+
+
+def byte_ranges(folder: Path, specs: tuple[TensorSpec, ...], name: str) -> list[ByteRange]:
+    """Where the tensor `name` of the group `folder` lies on flash, for reading it without Orbax."""
+    ranges = []
+    for number, checkpoint in enumerate(pieces(specs)):
+        for piece in checkpoint:
+            if piece.spec.name == name:
+                array = open_raw_array(folder / str(number) / name)
+                target = piece.start * array.row_bytes
+                length = array.shape[0] * array.row_bytes
+                ranges.append(ByteRange(file=array.file, offset=int(array.row_offsets[0]), length=length, target=target))
+    return ranges
+
+
+def _checkpointer():
+    logging.getLogger("absl").setLevel(logging.ERROR)  # a line of warning a checkpoint, about things that do not apply
+    import orbax.checkpoint as ocp
+
+    return ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_zarr3=True, use_compression=False))

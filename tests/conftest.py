@@ -1,0 +1,59 @@
+"""What holds for every test: strict JAX, fresh random examples without deadlines, and nothing left behind."""
+
+import multiprocessing
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import pytest
+from hypothesis import settings
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+settings.register_profile("inflash", deadline=None, print_blob=True)  # the first example of a jitted function compiles it
+settings.load_profile("inflash")
+
+SHARED_MEMORY = Path("/dev/shm")
+OURS = ("psm_", "sem.", "inflash")  # multiprocessing's names and any that we might give
+GRACE_S = 2.0
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """The folder of values made by an independent implementation, each beside the script that made it."""
+    return Path(__file__).parent / "golden"
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind() -> Iterator[None]:
+    """Fails a test that leaves a child process or shared memory behind."""
+    processes, names = child_processes(), shared_memory()
+    yield
+    end = time.monotonic() + GRACE_S
+    while (left := child_processes().keys() - processes.keys()) and time.monotonic() < end:
+        time.sleep(0.01)
+    commands = [child_processes().get(pid, "ended since") for pid in left]
+    assert not left, f"the test left child processes behind: {commands}"
+    assert not shared_memory() - names, f"the test left entries in {SHARED_MEMORY}: {sorted(shared_memory() - names)}"
+
+
+def child_processes() -> dict[int, str]:
+    """Command lines of this process's living or unreaped children by process id, without multiprocessing's own resource tracker."""
+    multiprocessing.active_children()  # reaps those that have ended
+    found: dict[int, str] = {}
+    for task in Path("/proc/self/task").iterdir():
+        try:
+            for pid in map(int, (task / "children").read_text().split()):
+                found[pid] = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode().strip() or "a zombie"
+        except (FileNotFoundError, ProcessLookupError):
+            continue  # a thread or child that ended meanwhile
+    return {pid: command for pid, command in found.items() if "multiprocessing.resource_tracker" not in command}
+
+
+def shared_memory() -> set[str]:
+    if not SHARED_MEMORY.is_dir():
+        return set()
+    return {entry.name for entry in os.scandir(SHARED_MEMORY) if entry.name.startswith(OURS)}

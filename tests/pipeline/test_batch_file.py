@@ -1,0 +1,192 @@
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from inflash.errors import InflashError
+from inflash.pipeline.batch_file import read_batch
+from inflash.pipeline.sampling_params import SamplingParams
+
+GOOD = {"custom_id": "req-1", "method": "POST", "url": "/v1/completions", "body": {"model": "m", "prompt": "Once upon"}}
+
+
+def with_line(**changes: Any) -> bytes:
+    return json.dumps({name: value for name, value in {**GOOD, **changes}.items() if value is not ...}).encode()
+
+
+def with_body(**changes: Any) -> bytes:
+    return with_line(body={name: value for name, value in {**GOOD["body"], **changes}.items() if value is not ...})
+
+
+def raw_body(text: str) -> bytes:
+    return with_body(seed="@").replace(b'"@"', text.encode())
+
+
+HOSTILE = {
+    "cut off": (with_line()[:-5], "not JSON"),
+    "two objects": (with_line() + with_line(), "not JSON: Extra data"),
+    "not utf-8": (with_line().replace(b"Once", b"\xff\xfe"), r"not UTF-8: byte \d+ of the line is 0xff"),
+    "utf-16": (json.dumps(GOOD).encode("utf-16"), "not UTF-8"),
+    "gzip": (b"\x1f\x8b\x08\x00\x00\x00", "not UTF-8"),
+    "zero byte": (b"\x00" + with_line(), "not JSON"),
+    "a list": (b"[1, 2]", "expected a JSON object, found a list of 2"),
+    "a string": (b'"hello"', 'expected a JSON object, found "hello"'),
+    "null": (b"null", "expected a JSON object, found nothing"),
+    "deep nesting": (b"[" * 100_000, "not JSON"),
+    "deep body": (with_line(body="@").replace(b'"@"', b"[" * 500 + b"]" * 500), "body should be an object, found a list of 1"),
+    "endless digits": (raw_body("9" * 5000), "not JSON that can be read"),
+    "field twice": (b'{"custom_id": "a",' + with_line()[1:], 'fields given twice: "custom_id"'),
+    "nan": (raw_body("NaN"), "NaN is no JSON number"),
+    "infinity": (raw_body("-Infinity"), "-Infinity is no JSON number"),
+    "overflow": (with_body(temperature="@").replace(b'"@"', b"1e999"), "temperature should be .*, found inf"),
+    "no custom_id": (with_line(custom_id=...), "custom_id should be a string, not empty, found nothing"),
+    "empty custom_id": (with_line(custom_id=""), "custom_id should be a string, not empty"),
+    "number as custom_id": (with_line(custom_id=7), "custom_id should be a string, not empty, found 7"),
+    "half a character": (with_line(custom_id="\ud800"), "custom_id holds half a character"),
+    "no method": (with_line(method=...), "method should be 'POST', found nothing"),
+    "get": (with_line(method="GET"), "method should be 'POST', found \"GET\""),
+    "no url": (with_line(url=...), "url should be '/v1/completions'"),
+    "chat": (with_line(url="/v1/chat/completions"), "only one supported so far.*chat"),
+    "unknown field": (with_line(priority=1, extra=2), 'line has unknown fields "priority", "extra"; supported are custom_id'),
+    "no body": (with_line(body=...), "body should be an object, found nothing"),
+    "text as body": (with_line(body="x"), "body should be an object"),
+    "unknown body field": (with_body(max_new_tokens=5), 'body has unknown fields "max_new_tokens"; supported are .*max_tokens'),
+    "chat's limit": (with_body(max_completion_tokens=5), "unknown fields"),
+    "number as model": (with_body(model=3), "model should be a string, found 3"),
+    "number as user": (with_body(user=3), "user should be a string, found 3"),
+    "no prompt": (with_body(prompt=...), "prompt should be a string or a list of token ids, found nothing"),
+    "empty prompt": (with_body(prompt=""), "prompt should not be empty"),
+    "empty list": (with_body(prompt=[]), "prompt should not be empty"),
+    "number as prompt": (with_body(prompt=3), "prompt should be a string or a list of token ids, found 3"),
+    "many prompts": (with_body(prompt=["a", "b"]), "list of prompts, of which a line takes one; give each its own line"),
+    "one prompt in a list": (with_body(prompt=["a"]), "list of prompts"),
+    "lists of ids": (with_body(prompt=[[1, 2]]), "list of prompts"),
+    "negative id": (with_body(prompt=[1, -2]), r"prompt\[1\] should be a token id .*, found -2"),
+    "fraction as id": (with_body(prompt=[1.0]), r"prompt\[0\] should be a token id .*, found 1.0"),
+    "true as id": (with_body(prompt=[5, True]), r"prompt\[1\] should be a token id .*, found true"),
+    "half a prompt": (with_body(prompt="ab\udc00"), "prompt holds half a character .* at character 3"),
+    "half a stop": (with_body(stop=["\udc00"]), "stop holds half a character"),
+    "negative max_tokens": (with_body(max_tokens=-4), "max_tokens should be .*, found -4"),
+    "text as max_tokens": (with_body(max_tokens="16"), "max_tokens should be .*, found '16'"),
+    "hot": (with_body(temperature=-1), "temperature should be"),
+    "true as logprobs": (with_body(logprobs=True), "logprobs should be"),
+    "many logprobs": (with_body(logprobs=1000), "logprobs should be"),
+    "stream": (with_body(stream=True), "body asks for stream = true, which is not supported; leave stream out"),
+    "number as stream": (with_body(stream=0), "body asks for stream = 0"),
+    "echo": (with_body(echo=True), "body asks for echo = true"),
+    "best_of": (with_body(best_of=4, n=2), "body asks for best_of = 4"),
+    "suffix": (with_body(suffix="end"), "body asks for suffix"),
+    "logit_bias": (with_body(logit_bias={"5": -100}), "body asks for logit_bias = an object of 1"),
+}
+
+
+def write(tmp_path: Path, *lines: bytes) -> Path:
+    path = tmp_path / "in.jsonl"
+    path.write_bytes(b"\n".join(lines) + b"\n")
+    return path
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_bad_line_is_refused_with_its_number_and_reason(tmp_path, name):
+    line, reason = HOSTILE[name]
+    path = write(tmp_path, with_line(custom_id="first"), b"", line, with_line(custom_id="last"))
+    with pytest.raises(InflashError, match=rf"^batch file {path}: 1 bad line, .*\n  line 3: .*{reason}") as caught:
+        read_batch(path)
+    assert len(str(caught.value)) < 1000
+    str(caught.value).encode("utf-8")
+
+
+def test_all_bad_lines_are_reported_together(tmp_path):
+    path = write(tmp_path, with_line(method="GET"), with_line(), b"{", with_line(), with_body(echo=True))
+    with pytest.raises(InflashError, match="4 bad lines") as caught:
+        read_batch(path)
+    assert [text.split(":")[0].strip() for text in str(caught.value).splitlines()[1:]] == ["line 1", "line 3", "line 4", "line 5"]
+    assert 'custom_id "req-1" is already that of line 2; make it unique' in str(caught.value)
+
+
+def test_of_very_many_bad_lines_twenty_are_shown(tmp_path):
+    with pytest.raises(InflashError, match="70 bad lines") as caught:
+        read_batch(write(tmp_path, *[b"{"] * 70))
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 22
+    assert lines[-1].strip() == "... and 50 more"
+
+
+@pytest.mark.parametrize("content", [b"", b"\n \n\r\n\t\n", b"\xef\xbb\xbf"])
+def test_a_file_without_requests_is_refused(tmp_path, content):
+    path = tmp_path / "in.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(InflashError, match=r"in\.jsonl is empty; expected one JSON object a line"):
+        read_batch(path)
+
+
+def test_a_file_that_cannot_be_read_is_refused(tmp_path):
+    with pytest.raises(InflashError, match=r"none\.jsonl cannot be read: No such file"):
+        read_batch(tmp_path / "none.jsonl")
+    with pytest.raises(InflashError, match="cannot be read: Is a directory"):
+        read_batch(tmp_path)
+
+
+def test_a_body_becomes_sampling_parameters(tmp_path):
+    body = {
+        "n": 2,
+        "temperature": 0.5,
+        "top_p": 0.9,
+        "top_k": 40,
+        "min_p": 0.1,
+        "seed": 3,
+        "stop": ["\n", "END"],
+        "stop_token_ids": [7],
+        "ignore_eos": True,
+        "max_tokens": 64,
+        "min_tokens": 2,
+        "logprobs": 5,
+        "repetition_penalty": 1.1,
+        "presence_penalty": 0.5,
+        "frequency_penalty": -0.5,
+    }
+    (request,) = read_batch(write(tmp_path, with_body(**body, user="someone", prompt=[5, 0, 9]))).requests
+    assert request.sampling_params == SamplingParams(**body)
+    assert (request.prompt, request.model, request.custom_id, request.line) == ((5, 0, 9), "m", "req-1", 1)
+
+
+def test_defaults_are_openai_s(tmp_path):
+    (request,) = read_batch(write(tmp_path, with_body())).requests
+    assert request.sampling_params == SamplingParams(max_tokens=16, temperature=1.0)
+    assert request.prompt == "Once upon"
+
+
+def test_request_then_command_line_then_model(tmp_path):
+    path = write(tmp_path, with_body(temperature=0, top_p=None), with_body(seed=8).replace(b"req-1", b"req-2"))
+    batch = read_batch(path, command_line={"temperature": 0.3, "seed": 5}, generation_config={"top_p": 0.7, "temperature": None})
+    assert [request.sampling_params for request in batch.requests] == [
+        SamplingParams(temperature=0, seed=5, top_p=0.7),
+        SamplingParams(temperature=0.3, seed=8, top_p=0.7),
+    ]
+
+
+def test_a_fault_of_the_model_s_defaults_is_no_line_s(tmp_path):
+    with pytest.raises(InflashError, match=r"^generation_config\.json: top_p"):
+        read_batch(write(tmp_path, with_body()), generation_config={"top_p": 3})
+
+
+def test_neutral_values_of_unsupported_fields_are_taken(tmp_path):
+    neutral = {"stream": False, "stream_options": None, "echo": False, "suffix": None, "logit_bias": {}, "user": None}
+    lines = [with_body(**neutral, best_of=3, n=3), with_body(best_of=1, n=None, model=...).replace(b"req-1", b"req-2")]
+    first, second = read_batch(write(tmp_path, *lines)).requests
+    assert first.sampling_params.n == 3
+    assert second.model is None
+
+
+def test_byte_order_mark_windows_line_ends_and_a_missing_last_newline_are_taken(tmp_path):
+    path = tmp_path / "in.jsonl"
+    content = (
+        b"\xef\xbb\xbf" + with_line() + b"\r\n\r\n" + with_line(custom_id="日本 \u2028").replace(b"\\u2028", "\u2028".encode())
+    )
+    path.write_bytes(content)
+    batch = read_batch(str(path))
+    assert [request.custom_id for request in batch.requests] == ["req-1", "日本 \u2028"]
+    assert [request.line for request in batch.requests] == [1, 3]
+    assert batch.sha256 == hashlib.sha256(content).hexdigest()

@@ -1,0 +1,279 @@
+"""The arguments of every command, apart from the commands themselves so that `--help` imports next to nothing.
+
+`ENGINE_FLAGS` maps onto the fields of `EngineOptions` and `SAMPLING_FLAGS` onto those of `SamplingParams`, one to one; a test holds
+them together. What a value may be is checked there, once, for Python and the command line alike.
+"""
+
+import argparse
+import math
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from ..pipeline.options import COMPUTE_DTYPES, FFN_MODES, POLICIES, EngineOptions
+
+CONVERT_DTYPES = ("auto", "bfloat16", "float16", "float32")
+
+
+def share_or_count(text: str) -> float | int:
+    """`0.25` and `1.0` are shares (float), `512` and `1` are counts (int)."""
+    try:
+        return int(text)
+    except ValueError:
+        share = float(text)
+    if not math.isfinite(share):
+        raise ValueError(text)
+    return share
+
+
+def token_ids(text: str) -> list[int]:
+    """`2,50256` is [2, 50256]."""
+    return [int(part) for part in text.split(",")]
+
+
+ENGINE_FLAGS: dict[str, dict[str, Any]] = {
+    "ffn": {
+        "choices": FFN_MODES,
+        "help": "where feed-forward neurons are while decoding: sparse keeps the predicted ones in a cache, hybrid streams all of them "
+        "for every token, naive streams the attention too, resident keeps everything in memory (default: %(default)s)",
+    },
+    "predictor": {
+        "metavar": "NAME",
+        "help": "who names the active neurons with --ffn sparse: auto (the store's best), exact (the truth, with the up projection "
+        "in memory), none (all neurons), or a predictor that `inflash info` lists (default: %(default)s)",
+    },
+    "cache_neurons": {
+        "type": share_or_count,
+        "metavar": "SHARE|COUNT",
+        "help": "neurons of each layer kept in memory with --ffn sparse: 0.25 is a quarter of them, 512 is 512 of them, 1.0 is all, "
+        "1 is one (default: %(default)s)",
+    },
+    "policy": {
+        "choices": POLICIES,
+        "help": "who leaves the cache: the least recently used, or whoever the last --window tokens did not use (default: %(default)s)",
+    },
+    "window": {
+        "type": int,
+        "metavar": "TOKENS",
+        "help": "tokens whose neurons stay, with --policy window; the paper uses 4",
+    },
+    "max_num_seqs": {
+        "type": int,
+        "metavar": "N",
+        "help": "sequences decoded together: more share one reading of the neurons, and need more memory (default: %(default)s)",
+    },
+    "max_model_len": {
+        "type": int,
+        "metavar": "TOKENS",
+        "help": "longest sequence, prompt and output together; sizes the KV cache (default: the model's limit, 2048 at most)",
+    },
+    "compute_dtype": {
+        "choices": COMPUTE_DTYPES,
+        "help": "dtype of the operands of products, sums being float32; auto is bfloat16 for 16-bit stores (default: %(default)s)",
+    },
+    "loaders": {
+        "type": int,
+        "metavar": "N",
+        "help": "processes that read neurons (default: %(default)s)",
+    },
+    "loader_threads": {
+        "type": int,
+        "metavar": "N",
+        "help": "reading threads of each loader; more keep a disk with deep queues busier (default: %(default)s)",
+    },
+    "seed": {
+        "type": int,
+        "metavar": "N",
+        "help": "the same seed gives the same text, also when sampling (default: %(default)s)",
+    },
+    "verify": {
+        "action": "store_true",
+        "help": "check every neuron that is read against its checksum; slower",
+    },
+}
+
+SAMPLING_FLAGS: dict[str, dict[str, Any]] = {
+    "max_tokens": {"type": int, "metavar": "N", "help": "most tokens to generate (16)"},
+    "min_tokens": {"type": int, "metavar": "N", "help": "no end before this many tokens (0)"},
+    "temperature": {
+        "type": float,
+        "metavar": "T",
+        "help": "0 takes the likeliest token, 1 samples from the model's distribution (1.0)",
+    },
+    "top_p": {"type": float, "metavar": "P", "help": "sample from the likeliest tokens that make up this probability (1.0)"},
+    "top_k": {"type": int, "metavar": "K", "help": "sample from the K likeliest tokens; 0 or -1: from all (0)"},
+    "min_p": {"type": float, "metavar": "P", "help": "drop tokens less likely than this share of the likeliest one (0.0)"},
+    "n": {"type": int, "metavar": "N", "help": "completions of each prompt (1)"},
+    "stop": {"action": "append", "metavar": "TEXT", "help": "end before this text; may be repeated"},
+    "stop_token_ids": {"type": token_ids, "metavar": "ID,ID", "help": "end at one of these tokens"},
+    "ignore_eos": {"action": "store_true", "help": "go on after the end-of-sequence token"},
+    "logprobs": {"type": int, "metavar": "N", "help": "log probabilities of the N likeliest tokens at each position"},
+    "repetition_penalty": {
+        "type": float,
+        "metavar": "X",
+        "help": "above 1, tokens that are already there become less likely (1.0)",
+    },
+    "presence_penalty": {
+        "type": float,
+        "metavar": "X",
+        "help": "taken from the logit of a token that was generated before (0.0)",
+    },
+    "frequency_penalty": {"type": float, "metavar": "X", "help": "the same, once for each time it was generated (0.0)"},
+}
+
+
+def flag(field: str) -> str:
+    """`--cache-neurons` for `cache_neurons`."""
+    return "--" + field.replace("_", "-")
+
+
+def add_engine_flags(parser: argparse.ArgumentParser, aliases: Mapping[str, tuple[str, ...]] | None = None) -> None:
+    """Adds one flag for each field of `EngineOptions`, with the field's own default.
+
+    Args:
+      parser: gets the flags, in a group of their own.
+      aliases: further spellings of a field's flag.
+    """
+    group = parser.add_argument_group("engine", "how the model runs; the keyword arguments of inflash.LLM")
+    defaults = {field.name: field.default for field in fields(EngineOptions)}
+    for name, how in ENGINE_FLAGS.items():
+        group.add_argument(flag(name), *(aliases or {}).get(name, ()), dest=name, default=defaults[name], **how)
+
+
+def engine_options(arguments: argparse.Namespace) -> EngineOptions:
+    """The options that the flags of `add_engine_flags` ask for.
+
+    Raises:
+      InflashError: a value is out of its range, or two contradict each other.
+    """
+    return EngineOptions(**{name: getattr(arguments, name) for name in ENGINE_FLAGS})
+
+
+def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds one flag for each field of `SamplingParams` but `seed`, which the engine's flags have."""
+    group = parser.add_argument_group(
+        "sampling", "what is not given comes from the model's generation_config.json, else it is the value in brackets"
+    )
+    for name, how in SAMPLING_FLAGS.items():
+        group.add_argument(flag(name), dest=name, default=None, **how)
+
+
+def sampling_fields(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The fields of `SamplingParams` that were given as flags, and only those."""
+    return {name: value for name in SAMPLING_FLAGS if (value := getattr(arguments, name)) is not None}
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", type=Path, metavar="MODEL", help="a store, as `inflash convert` writes it")
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON document and nothing else; docs/cli.md lists its keys"
+    )
+
+
+def add_convert(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "source",
+        type=Path,
+        metavar="SRC",
+        help="a Hugging Face checkpoint's folder, or an Orbax checkpoint of the canonical tree",
+    )
+    parser.add_argument("destination", type=Path, metavar="DST", help="the store to make; it must not be there yet")
+    parser.add_argument(
+        "--dtype",
+        choices=CONVERT_DTYPES,
+        default="auto",
+        help="dtype of the weights on flash; auto keeps the checkpoint's (auto)",
+    )
+    predictor = parser.add_mutually_exclusive_group()
+    predictor.add_argument(
+        "--predictor-rank",
+        type=int,
+        metavar="R",
+        help="rank of the training-free predictor (default: chosen from the model's width)",
+    )
+    predictor.add_argument(
+        "--no-predictor", action="store_true", help="make none; --ffn sparse then needs --predictor exact or none"
+    )
+
+
+def add_info(parser: argparse.ArgumentParser) -> None:
+    add_model(parser)
+    add_json(parser)
+
+
+def add_generate(parser: argparse.ArgumentParser) -> None:
+    add_model(parser)
+    prompt = parser.add_mutually_exclusive_group(required=True)
+    prompt.add_argument("--prompt", action="append", metavar="TEXT", help="a text to continue; may be repeated")
+    prompt.add_argument("--prompt-file", metavar="FILE", help="a file whose whole text is the prompt; - reads standard input")
+    add_json(parser)
+    add_sampling_flags(parser)
+    add_engine_flags(parser)
+
+
+def add_run_batch(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-i", "--input-file", type=Path, required=True, metavar="IN", help="requests, one JSON object a line")
+    parser.add_argument("-o", "--output-file", type=Path, required=True, metavar="OUT", help="responses, one JSON object a line")
+    parser.add_argument("--model", type=Path, required=True, metavar="MODEL", help="a store, as `inflash convert` writes it")
+    parser.add_argument("--error-file", type=Path, metavar="ERR", help="where refused and failed requests go (default: into OUT)")
+    parser.add_argument(
+        "--resume",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="keep what OUT already has and run the rest; --no-resume starts anew (default: --resume)",
+    )
+    parser.add_argument("--retry-failed", action="store_true", help="when resuming, run the requests again that had failed")
+    add_json(parser)
+    add_engine_flags(parser, aliases={"max_num_seqs": ("--max-inflight", "--max_inflight")})
+
+
+def add_bench_io(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "target",
+        type=Path,
+        metavar="MODEL|DIR",
+        help="a store, whose bundles are read, or a folder on the disk to measure, where a scratch file is made and removed",
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=3.0, metavar="S", help="length of each measurement (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--bundle-bytes", type=int, default=16384, metavar="N", help="size of a read in a folder (default: %(default)s)"
+    )
+    parser.add_argument("--file-mib", type=int, default=1024, metavar="N", help="size of the scratch file (default: %(default)s)")
+    parser.add_argument(
+        "--loaders", type=int, default=EngineOptions().loaders, metavar="N", help="loader processes (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--loader-threads",
+        type=int,
+        default=EngineOptions().loader_threads,
+        metavar="N",
+        help="reading threads of each loader (default: %(default)s)",
+    )
+
+
+def add_bench_kernels(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--d-model", type=int, default=4096, metavar="D", help="width of the residual stream (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--d-ff", type=int, default=16384, metavar="F", help="neurons of a feed-forward block (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=1.0, metavar="S", help="length of each measurement (default: %(default)s)"
+    )
+
+
+def add_demo(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("demo-output"),
+        metavar="DIR",
+        help="folder for the store and the results (default: %(default)s)",
+    )

@@ -1,0 +1,189 @@
+"""The command `inflash`: a table of sub-commands, each imported only when it is run.
+
+A command is a module of this folder with `run(arguments) -> int`, the exit code: 0 done, 1 something failed while running. Bad input
+raises `InflashError` and ends with 2, like a flag that argparse refuses.
+"""
+
+import argparse
+import os
+import select
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+
+from .. import __version__
+from ..errors import InflashError, RunError
+from . import arguments as flags
+
+FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Command:
+    """One sub-command.
+
+    Attributes:
+      module: the module of this folder that runs it.
+      summary: its line in the list of commands.
+      add_arguments: gives its parser the arguments.
+      details: the end of its help text, printed as it is.
+    """
+
+    module: str
+    summary: str
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    details: str = ""
+
+
+COMMANDS: dict[str, Command] = {
+    "convert": Command(
+        module="convert",
+        summary="turn a checkpoint into a store, once",
+        add_arguments=flags.add_convert,
+        details="""\
+The store is written under a temporary name and renamed when it is whole. Converting goes tensor by tensor, so it needs little
+memory whatever the model's size, and as much free space as the checkpoint takes.
+
+  inflash convert ./opt-6.7b ./opt-6.7b.inflash
+""",
+    ),
+    "info": Command(
+        module="info",
+        summary="say what is in a store",
+        add_arguments=flags.add_info,
+        details="  inflash info ./opt-6.7b.inflash\n",
+    ),
+    "verify": Command(
+        module="verify",
+        summary="check every byte of a store against its checksums",
+        add_arguments=flags.add_info,
+        details="Ends with 1 when something is wrong, naming the layers and neurons.\n\n  inflash verify ./opt-6.7b.inflash\n",
+    ),
+    "generate": Command(
+        module="generate",
+        summary="continue one or a few prompts",
+        add_arguments=flags.add_generate,
+        details="""\
+  inflash generate ./opt-6.7b.inflash --prompt "Once upon a time" --max-tokens 64 --temperature 0
+  inflash generate ./opt-6.7b.inflash --prompt-file story.txt --ffn hybrid --json
+""",
+    ),
+    "run-batch": Command(
+        module="run_batch",
+        summary="run a file of requests, many at a time",
+        add_arguments=flags.add_run_batch,
+        details="""\
+IN has one request a line, as in OpenAI's batch files:
+
+  {"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": {"prompt": "Once upon", "max_tokens": 64}}
+
+All of it is checked before the first token is made. Each response is written as soon as it is there, in any order: join on
+custom_id. A run that was interrupted goes on where it was when the same command is given again.
+
+  inflash run-batch -i requests.jsonl -o responses.jsonl --model ./opt-6.7b.inflash --cache-neurons 0.15
+""",
+    ),
+    "demo": Command(
+        module="demo",
+        summary="see it work on the small model that comes with inflash",
+        add_arguments=flags.add_demo,
+        details="Converts the model, runs a few prompts with at most half of its neurons in memory, and compares with all in memory.\n",
+    ),
+}
+
+BENCHMARKS: dict[str, Command] = {
+    "io": Command(
+        module="bench_io",
+        summary="bytes a second that loaders read, beside a plain preadv loop on the same disk",
+        add_arguments=flags.add_bench_io,
+        details="  inflash bench io ./opt-6.7b.inflash\n  inflash bench io /mnt/flash --bundle-bytes 32768\n",
+    ),
+    "kernels": Command(
+        module="bench_kernels",
+        summary="bytes a second of weights that the kernels read, beside the memory's own rate",
+        add_arguments=flags.add_bench_kernels,
+    ),
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the whole command line; a parsed command's module is in `module`."""
+    parser = argparse.ArgumentParser(
+        prog="inflash",
+        description="Runs language models that do not fit in memory: attention in DRAM, feed-forward neurons on flash.",
+        epilog="`inflash COMMAND --help` says more. Exit codes: 0 done, 1 something failed while running, 2 bad input.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    _add_commands(commands, COMMANDS)
+    bench = commands.add_parser(
+        "bench",
+        help="measure this machine: io or kernels",
+        description="Measures this machine. The last line of the output is one JSON document; docs/cli.md lists its keys.",
+        allow_abbrev=False,
+    )
+    _add_commands(bench.add_subparsers(title="benchmarks", metavar="BENCHMARK", required=True), BENCHMARKS)
+    return parser
+
+
+def _add_commands(parsers: "argparse._SubParsersAction[argparse.ArgumentParser]", table: dict[str, Command]) -> None:
+    for name, command in table.items():
+        parser = parsers.add_parser(
+            name,
+            help=command.summary,
+            description=command.summary[0].upper() + command.summary[1:] + ".",
+            epilog=command.details,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        command.add_arguments(parser)
+        parser.set_defaults(module=command.module)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command line and returns its exit code.
+
+    Args:
+      argv: the arguments after the program's name; None: the process's own.
+    """
+    arguments = build_parser().parse_args(argv)
+    warnings.formatwarning = _warning_line
+    try:
+        code = import_module(f".{arguments.module}", __package__).run(arguments)
+        sys.stdout.flush()  # here, where a reader that left is dealt with, rather than at exit
+        return code
+    except InflashError as error:
+        return _complain(str(error), FAILED if isinstance(error, RunError) else BAD_INPUT)
+    except KeyboardInterrupt:
+        print("\ninflash: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except OSError as error:
+        if isinstance(error, BrokenPipeError) and _reader_left():
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still buffered goes nowhere
+            return FAILED
+        where = f"{error.filename}: " if error.filename else ""
+        return _complain(f"{where}{error.strerror or error}", FAILED)
+
+
+def _complain(message: str, code: int) -> int:
+    print(f"inflash: error: {message}", file=sys.stderr)
+    return code
+
+
+def _warning_line(message: Warning | str, *_: object, **__: object) -> str:
+    """A warning as one line, without the source file and line that mean nothing to who runs a command."""
+    return f"inflash: warning: {message}\n"
+
+
+def _reader_left() -> bool:
+    """Whether standard output is a pipe that nobody reads any more, as after `| head`."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
