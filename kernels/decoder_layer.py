@@ -102,17 +102,27 @@ def after_ffn(
     return x if shape.norm_first else _norm(x, weights, "ffn_norm", shape)
 
 
-def logits(
+def final_hidden(
     x: jax.Array,  # [B, D] f32
-    tables: Weights,  # tokens or head [V, E]; final_norm_scale, final_norm_bias [D] and project_out [E, D] where the model has them
+    tables: Weights,  # final_norm_scale, final_norm_bias [D] and project_out [E, D] where the model has them
     shape: LayerShape,
 ) -> jax.Array:
-    """Scores of the next token: [B, V] f32."""
+    """What the output head sees: [B, E] f32."""
     if "final_norm_scale" in tables:
         x = _norm(x, tables, "final_norm", shape)
     if "project_out" in tables:
         x = linear(x, tables["project_out"], compute_dtype=shape.compute_dtype)
-    return linear(x, tables.get("head", tables["tokens"]), compute_dtype=shape.compute_dtype)
+    return x
+
+
+def logits(
+    x: jax.Array,  # [B, D] f32
+    tables: Weights,  # as in `final_hidden`, and tokens or head [V, E]
+    shape: LayerShape,
+) -> jax.Array:
+    """Scores of the next token: [B, V] f32."""
+    hidden = final_hidden(x, tables, shape)
+    return linear(hidden, tables.get("head", tables["tokens"]), compute_dtype=shape.compute_dtype)
 
 
 def _norm(x: jax.Array, weights: Weights, name: str, shape: LayerShape) -> jax.Array:

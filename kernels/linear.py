@@ -29,9 +29,9 @@ def linear(
     if x.shape[0] <= FEW_ROWS and num_outputs >= _FEWEST_OUTPUTS:
         product = dot_rows(rounded(x, dtype), lambda start, stop: weight[start:stop].astype(dtype), num_outputs)
     else:
+        # Without the barriers, transposes before or after would be folded into the product, which is then slower or cannot run.
+        x = lax.optimization_barrier(x.astype(dtype))
         contract_last = (((1,), (1,)), ((), ()))
-        product = lax.dot_general(
-            weight.astype(dtype), x.astype(dtype), contract_last, preferred_element_type=jnp.float32
-        )
-        product = lax.optimization_barrier(product).T  # without the barrier the transpose is folded into the product
+        product = lax.dot_general(weight.astype(dtype), x, contract_last, preferred_element_type=jnp.float32)
+        product = lax.optimization_barrier(product).T
     return product if bias is None else product + bias[None]

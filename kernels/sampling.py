@@ -217,7 +217,7 @@ def _draw(scaled: jax.Array, temperature: jax.Array, seeds: jax.Array, token_ind
 
 def _ordered_keys(logits: jax.Array) -> jax.Array:
     """[B, V] uint32 that compare as the logits do."""
-    bits = lax.bitcast_convert_type(logits + 0.0, jnp.uint32)  # -0.0 + 0.0 is 0.0
+    bits = lax.bitcast_convert_type(jnp.where(logits == 0.0, 0.0, logits), jnp.uint32)  # -0.0 equals 0.0
     sign = jnp.uint32(1 << (KEY_BITS - 1))
     return jnp.where(bits >= sign, ~bits, bits | sign)
 

@@ -14,6 +14,8 @@ from jax import lax
 from .linear import linear
 from .row_products import FEW_ROWS, Rows, dot_rows, mix_rows, rounded
 
+_BITS = {2: jnp.uint16, 4: jnp.uint32}  # by bytes of an element
+
 
 def gathered_ffn(
     accumulator: jax.Array,  # [B, D] f32
@@ -59,15 +61,13 @@ def block_ffn(
     A Python int for `count` that equals n (the dense feed-forward block) spares many-token calls a copy of the block.
     """
     num_rows = up.shape[0]
-    if isinstance(count, int) and count == num_rows:
+    if isinstance(count, int) and count == num_rows and x.shape[0] > FEW_ROWS:
         keep = jnp.ones((1, 1), bool) if predicted is None else predicted
         return _add_neurons(accumulator, x, _sliced(up), _sliced(down), up_bias, keep, compute_dtype=compute_dtype)
     real = jnp.arange(num_rows) < count
     slots = lax.optimization_barrier(jnp.where(real, jnp.arange(num_rows), 0))
     keep = real[None] if predicted is None else real[None] & predicted
-    total = _add_neurons(
-        accumulator, x, _gathered(up, slots), _gathered(down, slots), up_bias, keep, compute_dtype=compute_dtype
-    )
+    total = _add_neurons(accumulator, x, _gathered(up, slots), _gathered(down, slots), up_bias, keep, compute_dtype=compute_dtype)
     return jnp.where(jnp.asarray(count) > 0, total, accumulator)
 
 
@@ -76,7 +76,14 @@ def _sliced(matrix: jax.Array) -> Rows:
 
 
 def _gathered(pool: jax.Array, slots: jax.Array) -> Rows:
-    return lambda start, stop: pool.at[slots[start:stop]].get(mode="promise_in_bounds")
+    """Rows by slot, moved as integers: XLA on CPU would move 16-bit floats as float32 and round every element back."""
+    bits = lax.bitcast_convert_type(pool, _BITS[pool.dtype.itemsize])
+
+    def rows(start: int, stop: int) -> jax.Array:
+        taken = bits.at[slots[start:stop]].get(mode="promise_in_bounds", wrap_negative_indices=False)
+        return lax.bitcast_convert_type(taken, pool.dtype)
+
+    return rows
 
 
 def _add_neurons(
@@ -93,15 +100,13 @@ def _add_neurons(
     if x.shape[0] > FEW_ROWS:
         up, down = up_rows(0, num_rows), down_rows(0, num_rows).astype(compute_dtype)
         hidden = jnp.where(keep, jax.nn.relu(linear(x, up, bias, compute_dtype=compute_dtype)), 0.0)
+        # The barrier keeps the transpose inside `linear` out of this product, which XLA could not run on 16-bit operands.
+        hidden = lax.optimization_barrier(hidden.astype(compute_dtype))
         contract_rows = (((1,), (0,)), ((), ()))
-        mixed = lax.dot_general(
-            hidden.astype(compute_dtype), down, contract_rows, preferred_element_type=jnp.float32
-        )
+        mixed = lax.dot_general(hidden, down, contract_rows, preferred_element_type=jnp.float32)
         return accumulator + mixed
-    hidden = dot_rows(
-        rounded(x, compute_dtype), lambda start, stop: up_rows(start, stop).astype(compute_dtype), num_rows
-    )
+    hidden = dot_rows(rounded(x, compute_dtype), lambda start, stop: up_rows(start, stop).astype(compute_dtype), num_rows)
     hidden = jnp.where(keep, jax.nn.relu(hidden + bias[None]), 0.0)
     return accumulator + mix_rows(
-        rounded(hidden, compute_dtype), lambda start, stop: down_rows(start, stop).astype(compute_dtype)
+        rounded(hidden, compute_dtype), lambda start, stop: down_rows(start, stop).astype(compute_dtype), x.shape[1]
     )

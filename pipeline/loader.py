@@ -15,13 +15,14 @@ import sys
 import threading
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
-from ..storage.readers import DirectFile, DirectReader, ReadCount, warn_buffered
+from ..storage.readers import DirectFile, DirectReader, ReadCount
 from .channel import BYTES, COUNTERS, RANGE, RING_LENGTH, SCATTER, Channel, ChannelRegion
 from .slab import ALIGNMENT, Slab
 
@@ -168,8 +169,6 @@ class Loader:
     def _split_bytes(self, source: int, start: int, count: int, target: int) -> list[Callable[[], ReadCount]]:
         file = self._file(source)
         direct = file.can_read_directly(ALIGNMENT, target, start) and count % ALIGNMENT == 0
-        if not direct:
-            warn_buffered(file.path, count)
 
         def read(first: int, last: int) -> ReadCount:
             view = memoryview(self._slab.array(target + first, (last - first,), np.uint8))
@@ -202,6 +201,7 @@ class Loader:
 def main() -> None:
     # Ctrl-C reaches the whole terminal group; the engine decides when loaders stop.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    warnings.simplefilter("ignore")  # the engine says once for all loaders when reads are not direct
     Loader(LoaderConfig.from_json(sys.argv[1])).serve()
     os._exit(0)  # threads may still be inside a read that nobody waits for
 

@@ -11,14 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..errors import InflashError
+from ..kernels.compilation import jit
 from ..kernels.predictor import predict, predict_exact
 from ..storage.layout import predictor_specs
 from ..storage.resident import load_tensors
 from ..storage.store import Store
 from .weights import ModelWeights, alias, gather_pieces
 
-_predict = jax.jit(predict)
-_predict_exact = jax.jit(predict_exact)
+_predict = jit(predict)
+_predict_exact = jit(predict_exact)
 
 UpRows = Callable[[int], np.ndarray]
 """Reads one layer's up rows [F, D], in the order of the neurons on flash, in the dtype of products."""

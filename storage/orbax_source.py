@@ -98,11 +98,11 @@ def save_orbax_source(path: Path, config: ModelConfig, dtype: str, tensors: Mapp
     if path.exists():
         raise InflashError(f"{path}: already exists; give a path that does not")
     dtype_of(dtype)
-    tree: dict[str, dict[str, Any]] = {"embeddings": dict(tensors["embeddings"]), "layers": dict(tensors["layers"])}
+    tree: dict[str, dict[str, Any]] = {part: dict(tensors.get(part, {})) for part in ("embeddings", "layers")}
     expected = dict(_expected_leaves(config))
     found = {_leaf_name(name, None): leaf for name, leaf in tree["embeddings"].items()}
     for layer, leaves in tree["layers"].items():
-        found.update({_leaf_name(name, int(layer)): leaf for name, leaf in leaves.items()})
+        found.update({_leaf_name(name, layer): leaf for name, leaf in leaves.items()})
     if found.keys() != expected.keys():
         raise InflashError(
             f"{path}: expected exactly the config's tensors, differing in {sorted(found.keys() ^ expected.keys())}"
@@ -122,7 +122,7 @@ def save_orbax_source(path: Path, config: ModelConfig, dtype: str, tensors: Mapp
     (path / MANIFEST).write_text(json.dumps({"config": config.to_json(), "dtype": dtype}, indent=1) + "\n", encoding="utf-8")
 
 
-def _leaf_name(name: str, layer: int | None) -> str:
+def _leaf_name(name: str, layer: int | str | None) -> str:
     """Orbax's name of a leaf: its keys joined by dots."""
     return f"embeddings.{name}" if layer is None else f"layers.{layer}.{name}"
 

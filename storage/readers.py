@@ -7,6 +7,7 @@ cheaper than two small ones, separate in DRAM because the kernels want whole mat
 Reference: arXiv:2312.11514, 3.2.
 """
 
+import mmap
 import os
 import threading
 import warnings
@@ -200,7 +201,9 @@ def verify_blocks(reader: BundleReader, checksums: np.ndarray, shape: tuple[int,
     """Positions of one layer whose bundle does not match its checksum, read in blocks of at most 8 MiB."""
     num_neurons, num_parts, d_model = shape
     block = max(1, (8 << 20) // (num_parts * d_model * dtype.itemsize))
-    parts = [np.empty((block, d_model), dtype) for _ in range(num_parts)]
+    # Anonymous mappings begin on a page, which direct reads ask for.
+    room = block * d_model * dtype.itemsize
+    parts = [np.frombuffer(mmap.mmap(-1, room), dtype).reshape(block, d_model) for _ in range(num_parts)]
     damaged: list[int] = []
     for start in range(0, num_neurons, block):
         count = min(block, num_neurons - start)

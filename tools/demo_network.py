@@ -16,12 +16,12 @@ Parameters = dict[str, jax.Array]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DemoConfig:
-    """The embedded model's shape: about six million parameters, OPT's proportions."""
+    """The embedded model's shape: 4.3 million parameters, OPT's proportions."""
 
     vocab_size: int = 4096
     d_model: int = 256
     d_ff: int = 1024
-    num_layers: int = 6
+    num_layers: int = 4
     num_heads: int = 8
     max_positions: int = 512
 
@@ -29,7 +29,7 @@ class DemoConfig:
 def initial_parameters(key: jax.Array, config: DemoConfig) -> Parameters:
     """Random parameters under Hugging Face's names: normal(0.02), residual outputs scaled down by depth."""
     d_model, d_ff = config.d_model, config.d_ff
-    shapes = {
+    shapes: dict[str, tuple[int, ...]] = {
         "model.decoder.embed_tokens.weight": (config.vocab_size, d_model),
         "model.decoder.embed_positions.weight": (config.max_positions + 2, d_model),  # OPT counts positions from 2
     }
@@ -80,13 +80,13 @@ def forward(
 
 
 def _linear(x: jax.Array, parameters: Parameters, name: str) -> jax.Array:
-    return x @ parameters[name + ".weight"].T + parameters[name + ".bias"]
+    return x @ parameters[name + ".weight"].T + parameters[name + ".bias"][None, None]
 
 
 def _layer_norm(x: jax.Array, parameters: Parameters, name: str) -> jax.Array:
     centred = x - x.mean(-1, keepdims=True)
     variance = jnp.mean(centred**2, -1, keepdims=True)
-    return centred * jax.lax.rsqrt(variance + 1e-5) * parameters[name + ".weight"] + parameters[name + ".bias"]
+    return centred * jax.lax.rsqrt(variance + 1e-5) * parameters[name + ".weight"][None, None] + parameters[name + ".bias"][None, None]
 
 
 def _attention(x: jax.Array, parameters: Parameters, prefix: str, num_heads: int) -> jax.Array:
@@ -97,6 +97,6 @@ def _attention(x: jax.Array, parameters: Parameters, prefix: str, num_heads: int
     value = _linear(x, parameters, prefix + "v_proj").reshape(split)
     scores = jnp.einsum("bthd,bshd->bhts", query, key)
     causal = jnp.tril(jnp.ones((num_tokens, num_tokens), bool))
-    weights = jax.nn.softmax(jnp.where(causal, scores, -1e30), axis=-1)
+    weights = jax.nn.softmax(jnp.where(causal[None, None], scores, -1e30), axis=-1)
     mixed = jnp.einsum("bhts,bshd->bthd", weights, value).reshape(x.shape)
     return _linear(mixed, parameters, prefix + "out_proj")

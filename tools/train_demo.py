@@ -21,6 +21,7 @@ import optax
 import orbax.checkpoint as ocp
 from tokenizers import Tokenizer
 
+from ..kernels.compilation import jit
 from .demo_corpus import EOS, texts, train_tokenizer
 from .demo_network import DemoConfig, Parameters, forward, initial_parameters
 
@@ -71,7 +72,7 @@ def train(output: Path, config: DemoConfig, steps: int, batch: int, seed: int) -
         cross_entropy, effective, active = losses(parameters, rows, config)
         return cross_entropy + jnp.sum(penalty * effective), (cross_entropy, active)
 
-    @jax.jit
+    @jit
     def update(state: dict, rows: jax.Array) -> tuple[dict, jax.Array, jax.Array]:
         gradient, (cross_entropy, active) = jax.grad(objective, has_aux=True)(
             state["parameters"], rows, state["penalty"]
@@ -125,7 +126,7 @@ def train(output: Path, config: DemoConfig, steps: int, batch: int, seed: int) -
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m inflash.tools.train_demo", description=__doc__)
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder for checkpoints and the finished model")
-    parser.add_argument("--steps", type=int, default=3600)
+    parser.add_argument("--steps", type=int, default=2800)
     parser.add_argument("--batch", type=int, default=4, help="rows of 512 tokens a step")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args(argv)

@@ -95,6 +95,12 @@ def test_the_most_likely_token_survives_the_narrowest_filters(rng):
     np.testing.assert_array_equal(kept, np.arange(V) == logits.argmax(-1)[:, None])
 
 
+def test_zeros_of_both_signs_share_one_fate():
+    logits = f32([[0.0, -0.0, -1.0, -0.0]])
+    kept = sampling.kept_tokens(logits, f32([1]), i32([1]), f32([1]), f32([0]))
+    np.testing.assert_array_equal(kept, [[True, True, False, True]])
+
+
 def test_neutral_filters_keep_everything(rng):
     logits = rng.normal(0, 40, (3, V)).astype(np.float32)  # most probabilities underflow
     kept = sampling.kept_tokens(f32(logits), f32(np.ones(3)), i32([0, -1, V]), f32(np.ones(3)), f32(np.zeros(3)))

@@ -1,5 +1,6 @@
 import dataclasses
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -74,7 +75,8 @@ def test_values_at_the_edges_are_taken():
 
 
 def test_numpy_numbers_become_python_s():
-    params = SamplingParams(temperature=np.float32(0.5), max_tokens=np.int64(3), seed=np.uint64(2**64 - 1))
+    numbers: dict[str, Any] = {"temperature": np.float32(0.5), "max_tokens": np.int64(3), "seed": np.uint64(2**64 - 1)}
+    params = SamplingParams(**numbers)
     assert (params.temperature, params.max_tokens, params.seed) == (0.5, 3, 2**64 - 1)
     assert type(params.max_tokens) is int
 
@@ -94,9 +96,10 @@ def test_it_is_hashable_and_frozen_with_lists_given():
 def test_what_a_request_needs_is_told_apart():
     assert not SamplingParams().filtered
     assert not SamplingParams().penalized
-    assert all(SamplingParams(**one).filtered for one in ({"top_k": 1}, {"top_p": 0.9}, {"min_p": 0.1}))
+    filters: list[dict[str, Any]] = [{"top_k": 1}, {"top_p": 0.9}, {"min_p": 0.1}]
+    assert all(SamplingParams(**one).filtered for one in filters)
     assert not SamplingParams(top_k=-1).filtered
-    penalties = ({"repetition_penalty": 1.1}, {"presence_penalty": -0.1}, {"frequency_penalty": 0.1})
+    penalties: list[dict[str, Any]] = [{"repetition_penalty": 1.1}, {"presence_penalty": -0.1}, {"frequency_penalty": 0.1}]
     assert all(SamplingParams(**one).penalized for one in penalties)
 
 

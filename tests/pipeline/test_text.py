@@ -73,7 +73,8 @@ def test_half_a_character_is_never_shown(text):
 
 
 def test_special_and_padding_tokens_have_no_text():
-    assert TOKENS.text(TOKENIZER.token_to_id("</s>")) == ""
+    assert TOKENIZER.id_to_token(0) == "</s>"
+    assert TOKENS.text(0) == ""
     assert TOKENS.text(VOCABULARY + 100) == ""
     assert TOKENS.text(BYTE_IDS[b"\xe6"]) == "\ufffd"
 

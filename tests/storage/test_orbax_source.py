@@ -104,6 +104,7 @@ def save_changed(folder: Path, change) -> None:
     ("change", "message"),
     [
         (lambda tree: tree["layers"]["1"].pop("qkv"), r"differing in \['layers\.1\.qkv'\]"),
+        (lambda tree: tree.pop("embeddings"), r"differing in \['embeddings\.final_norm_bias'"),
         (lambda tree: tree["layers"].pop("2"), r"differing in \['layers\.2\.attention_norm_bias'"),
         (lambda tree: tree["embeddings"].update(extra=np.zeros(3, np.float32)), r"differing in \['embeddings\.extra'\]"),
         (

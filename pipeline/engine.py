@@ -1,0 +1,352 @@
+"""One step of the model: the life of a token, and prompts layer by layer.
+
+Axes: B sequences in lockstep, T tokens of a chunk, D d_model, F d_ff, V vocabulary, C positions of the KV cache.
+
+The letters are those of the drawing in docs/architecture.md.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ..errors import InflashError
+from ..kernels.compilation import jit
+from ..kernels.decoder_layer import LayerShape, after_ffn, attention_chunk, attention_decode
+from ..storage.readers import DirectReader
+from ..storage.store import Store
+from .feed_forward import CachedFeedForward, FeedForward, ResidentFeedForward, StreamedFeedForward, Tile
+from .host_memory import ENGINE_BYTES, LOADER_BYTES, check_fits
+from .loader_pool import LoaderPool
+from .matrix_source import STREAMED_NAMES, MatrixSource, ResidentMatrices, StreamedMatrices
+from .neuron_rows import NeuronRows
+from .options import EngineOptions
+from .predictors import AllNeurons, ExactPredictor, LowRankPredictor, Predictor, choose_predictor, predictor_bytes
+from .slab import Slab, SlabPlan
+from .step_times import StepTimes
+from .weights import compute_dtype, load_weights, loaded_bytes
+
+CHUNK_SIZES = (32, 256)
+"""Tokens of a prompt that a kernel takes at once; shorter chunks are padded to one of these."""
+_SMALLEST_CAPACITY = 64
+
+_attention_decode = jit(attention_decode, static_argnames=("shape", "num_positions"), donate_argnames=("keys", "values"))
+_attention_chunk = jit(attention_chunk, static_argnames=("shape", "num_positions"), donate_argnames=("keys", "values"))
+_after_ffn = jit(after_ffn, static_argnames="shape")
+_put_row = jit(lambda rows, x, index, row: rows.at[row].set(x[index]))
+
+
+@dataclass(frozen=True, slots=True)
+class _Chunk:
+    """A stretch of one sequence's prompt: `count` real tokens, padded to `len(token_ids)`."""
+
+    sequence: int
+    start: int
+    count: int
+    token_ids: np.ndarray
+
+
+class Engine:
+    """A model over its store: resident weights, loaders, cache, and KV cache. A context manager.
+
+    Attributes:
+      config, store, options: what it was made from.
+      times: what the run has cost so far.
+      num_seqs: B, set by `prepare`.
+      capacity: C, set by `prepare`.
+    """
+
+    def __init__(self, store: Store, options: EngineOptions) -> None:
+        """Loads the resident weights, makes the slab and starts the loaders.
+
+        Raises:
+          InflashError: the options do not fit the store, or memory is too small for them; nothing was started then.
+        """
+        self.store, self.config, self.options = store, store.config, options
+        self.times = StepTimes()
+        self.num_seqs = self.capacity = 0
+        self._compute = compute_dtype(options.compute_dtype, store.dtype)
+        self._shape = LayerShape(
+            num_heads=store.config.num_heads,
+            norm_first=store.config.norm_first,
+            norm_epsilon=store.config.norm_epsilon,
+            compute_dtype=self._compute.name,
+        )
+        self.predictor_name = choose_predictor(store, options.predictor) if options.ffn == "sparse" else None
+        skip = STREAMED_NAMES if options.ffn == "naive" else frozenset()
+        self._check_memory(skip)
+        self._weights = load_weights(store, self._compute, skip)
+        self._open()
+
+    def _check_memory(self, skip: frozenset[str]) -> None:
+        config, options, bundles = self.config, self.options, self.store.bundles
+        slots = {"sparse": options.cache_slots(config.d_ff), "resident": config.d_ff}.get(options.ffn, 0)
+        advice = "use --ffn hybrid, a smaller --cache-neurons, or a machine with more memory"
+        self._memory_parts = {
+            "attention and embeddings": loaded_bytes(self.store, self._compute, skip),
+            "neurons": slots * bundles.bundle_bytes * config.num_layers,
+            "predictor": predictor_bytes(self.store, self.predictor_name or "none", self._compute),
+            "program": ENGINE_BYTES + options.loaders * LOADER_BYTES,
+        }
+        check_fits(self._memory_parts, advice)
+
+    def _open(self) -> None:
+        options, plan = self.options, SlabPlan()
+        regions = LoaderPool.reserve(plan, options.loaders, self.config.d_ff)
+        naive = StreamedMatrices(self.store, plan, self._weights, self._shape) if options.ffn == "naive" else None
+        self._matrices: MatrixSource = naive or ResidentMatrices(self.store, self._weights, self._shape)
+        self._prompt_ffn, self._decode_ffn = self._make_feed_forward(plan)
+        probe = NeuronRows(plan, self.store.bundles, 1)
+        self._slab = Slab(plan.num_bytes)
+        with DirectReader(self.store.path, 0) as reader:
+            probe.probe(self._slab, reader)  # warns here, once, rather than in every loader
+        self._pool = LoaderPool(
+            self.store,
+            self._slab,
+            regions,
+            threads=options.loader_threads,
+            files=naive.files if naive else (),
+            verify=options.verify,
+        )
+        try:
+            for part in {id(part): part for part in (naive, self._prompt_ffn, self._decode_ffn) if part}.values():
+                part.bind(self._slab, self._pool)
+            self._predictor = self._make_predictor()
+        except BaseException:
+            self.close()
+            raise
+
+    def _make_feed_forward(self, plan: SlabPlan) -> tuple[FeedForward, FeedForward]:
+        """For prompts and for decoding steps."""
+        mode, up_bias = self.options.ffn, self._weights.up_bias
+        if mode == "resident":
+            resident = ResidentFeedForward(self.store, plan, up_bias, self._compute)
+            return resident, resident
+        streamed = StreamedFeedForward(self.store, plan, up_bias, self._compute, cyclic=mode != "sparse")
+        if mode == "sparse":
+            return streamed, CachedFeedForward(self.store, plan, up_bias, self._compute, self.options)
+        return streamed, streamed
+
+    def _make_predictor(self) -> Predictor | None:
+        if self.predictor_name is None:
+            return None
+        assert isinstance(self._prompt_ffn, StreamedFeedForward) and isinstance(self._decode_ffn, CachedFeedForward)
+        if self.predictor_name == "none":
+            predictor: Predictor = AllNeurons(self.config.d_ff)
+        elif self.predictor_name == "exact":
+            predictor = ExactPredictor(self._weights, self._prompt_ffn.up_rows)
+        else:
+            predictor = LowRankPredictor(self.store, self.predictor_name, self._compute)
+        self._decode_ffn.predictor = predictor
+        self._decode_ffn.observe(self.times)
+        return predictor
+
+    def prepare(self, num_seqs: int, max_length: int) -> None:
+        """Makes room for `num_seqs` sequences of up to `max_length` tokens and compiles everything they need.
+
+        Raises:
+          InflashError: the model has fewer positions, or the KV cache does not fit.
+        """
+        if max_length > self.config.max_positions:
+            raise InflashError(f"length: the model has {self.config.max_positions} positions, found {max_length} asked for")
+        capacity = next(size for size in _powers(_SMALLEST_CAPACITY) if size >= max_length)
+        if num_seqs == self.num_seqs and capacity <= self.capacity:
+            return
+        self._keys, self._values = [], []
+        shape = (num_seqs, self.config.num_heads, capacity, self.config.head_dim)
+        kv_bytes = 2 * self.config.num_layers * int(np.prod(shape)) * 4
+        check_fits({f"KV cache of {num_seqs} x {capacity} tokens": kv_bytes}, "use a smaller --max-num-seqs or --max-model-len")
+        self._keys = [jnp.zeros(shape, jnp.float32) for _ in range(self.config.num_layers)]
+        self._values = [jnp.zeros(shape, jnp.float32) for _ in range(self.config.num_layers)]
+        self.num_seqs, self.capacity = num_seqs, capacity
+        self._warm_up()
+
+    def process_prompts(self, prompts: Sequence[tuple[int, np.ndarray]]) -> jax.Array:
+        """Runs prompts (sequence, token ids) into the KV cache, layer by layer, every streamed block used for all of them.
+
+        Returns:
+          [B, V] f32: row s is the logits after the last token of sequence s; rows of other sequences mean nothing.
+        """
+        with self._timed_prompt(sum(len(token_ids) for _, token_ids in prompts)):
+            chunks = [chunk for sequence, token_ids in prompts for chunk in _split(sequence, token_ids)]
+            outputs = self._run_chunks(chunks)
+            hidden = jnp.zeros((self.num_seqs, self.config.d_model))
+            for chunk, x in zip(chunks, outputs, strict=True):  # a sequence's last chunk comes last
+                hidden = _put_row(hidden, x, np.int32(chunk.count - 1), np.int32(chunk.sequence))
+            (logits,) = self._matrices.logits([hidden])
+            return logits.block_until_ready()
+
+    def all_logits(self, token_ids: np.ndarray) -> np.ndarray:
+        """[T] token ids to [T, V] f32 logits, each token's feed-forward neurons chosen as a decoding step would."""
+        self.prepare(max(self.num_seqs, 1), max(len(token_ids), self.capacity))
+        with self._timed_prompt(len(token_ids)):
+            chunks = _split(0, token_ids)
+            logits = self._matrices.logits(self._run_chunks(chunks, predict=True))
+            parts = [np.asarray(rows)[: chunk.count] for chunk, rows in zip(chunks, logits, strict=True)]
+            return np.concatenate(parts)
+
+    def decode(self, token_ids: np.ndarray, positions: np.ndarray, active: np.ndarray) -> jax.Array:
+        """One token for every sequence.
+
+        Args:
+          token_ids: [B] int32, the newest tokens.
+          positions: [B] int32, theirs; below C.
+          active: [B] bool; the others are padding and need no neurons.
+
+        Returns:
+          [B, V] f32 logits of the next tokens.
+        """
+        with self._timed_step(int(active.sum())):
+            bound = bounded(int(positions.max()) + 1, self.capacity)
+            x = self._matrices.embed(token_ids, positions)
+            live = jnp.asarray(active)
+            for layer in range(self.config.num_layers):
+                weights = self._matrices.take_attention(layer)
+                residual, ffn_in, self._keys[layer], self._values[layer] = _attention_decode(  # A
+                    x, weights, self._keys[layer], self._values[layer], positions, self._shape, num_positions=bound
+                )
+                self._matrices.give_back_attention(layer, residual)
+                tile = Tile(residual=residual, ffn_in=ffn_in, active=live)
+                (x,) = self._decode_ffn.add_neurons(layer, [tile])  # B to F
+                x = self._after(layer, x)
+            (logits,) = self._matrices.logits([x])  # H
+            return logits.block_until_ready()
+
+    def memory_bytes(self) -> dict[str, int]:
+        """What the engine holds, in bytes by name."""
+        kv = sum(array.nbytes for array in (*self._keys, *self._values)) if self.capacity else 0
+        return {**self._memory_parts, "KV cache": kv, "slab": self._slab.num_bytes}
+
+    @property
+    def pool(self) -> LoaderPool:
+        return self._pool
+
+    def close(self) -> None:
+        """Stops the loaders and gives the memory back. Idempotent."""
+        self._pool.close()
+        self._slab.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _run_chunks(self, chunks: Sequence[_Chunk], *, predict: bool = False) -> list[jax.Array]:
+        """The last layer's outputs, [T, D] a chunk."""
+        outputs = [
+            self._matrices.embed(chunk.token_ids, np.arange(chunk.start, chunk.start + len(chunk.token_ids), dtype=np.int32))
+            for chunk in chunks
+        ]
+        for layer in range(self.config.num_layers):
+            weights = self._matrices.take_attention(layer)
+            tiles = [self._attend(layer, weights, chunk, x) for chunk, x in zip(chunks, outputs, strict=True)]
+            self._matrices.give_back_attention(layer, tiles[-1].residual)
+            if predict and self._predictor is not None:
+                tiles = [
+                    Tile(
+                        residual=tile.residual,
+                        ffn_in=tile.ffn_in,
+                        active=tile.active,
+                        predicted=self._predictor.predict(layer, tile.ffn_in),
+                    )
+                    for tile in tiles
+                ]
+            outputs = [self._after(layer, x) for x in self._prompt_ffn.add_neurons(layer, tiles)]
+        return outputs
+
+    def _attend(self, layer: int, weights: dict[str, jax.Array], chunk: _Chunk, x: jax.Array) -> Tile:
+        residual, ffn_in, self._keys[layer], self._values[layer] = _attention_chunk(
+            x,
+            weights,
+            self._keys[layer],
+            self._values[layer],
+            np.int32(chunk.sequence),
+            np.int32(chunk.start),
+            np.int32(chunk.count),
+            self._shape,
+        )
+        return Tile(residual=residual, ffn_in=ffn_in, active=jnp.asarray(np.arange(len(x)) < chunk.count))
+
+    def _after(self, layer: int, x: jax.Array) -> jax.Array:
+        return x if self._shape.norm_first else _after_ffn(x, self._weights.layers[layer], self._shape)
+
+    def _warm_up(self) -> None:
+        """Compiles every kernel for this batch and capacity by running it once, on layer 0 and on nothing."""
+        weights = self._matrices.example_attention()
+        nothing = np.zeros(self.num_seqs, np.int32)
+        x = jnp.zeros((self.num_seqs, self.config.d_model))
+        for bound in bounds(self.capacity):
+            # The last position below the bound: no token that is there yet can see it.
+            residual, ffn_in, self._keys[0], self._values[0] = _attention_decode(
+                x, weights, self._keys[0], self._values[0], nothing + bound - 1, self._shape, num_positions=bound
+            )
+        self._after(0, x)
+        self._decode_ffn.warm_up(Tile(residual=x, ffn_in=x, active=jnp.asarray(nothing > 0)))
+        self._matrices.warm_up(x)
+        for size in CHUNK_SIZES:
+            chunk = _Chunk(0, 0, 0, np.zeros(size, np.int32))
+            tile = self._attend(0, weights, chunk, jnp.zeros((size, self.config.d_model)))
+            self._prompt_ffn.warm_up(tile)
+            self._after(0, tile.residual)
+            self._matrices.embed(chunk.token_ids, chunk.token_ids)
+            _put_row(x, tile.residual, np.int32(0), np.int32(0))
+
+    @contextmanager
+    def _timed_prompt(self, num_tokens: int) -> Iterator[None]:
+        began, requested = time.perf_counter_ns(), self._pool.bytes_requested
+        yield
+        elapsed = time.perf_counter_ns() - began
+        self.times.prompt_ns += elapsed
+        self.times.total_ns += elapsed
+        self.times.prompt_tokens += num_tokens
+        self.times.prompt_bytes += self._pool.bytes_requested - requested
+
+    @contextmanager
+    def _timed_step(self, num_tokens: int) -> Iterator[None]:
+        began, requested, wait_ns = time.perf_counter_ns(), self._pool.bytes_requested, self._pool.wait_ns
+        yield
+        elapsed = time.perf_counter_ns() - began
+        self.times.decode_ns += elapsed
+        self.times.total_ns += elapsed
+        self.times.io_wait_ns += self._pool.wait_ns - wait_ns
+        self.times.decode_bytes += self._pool.bytes_requested - requested
+        self.times.steps += 1
+        self.times.tokens += num_tokens
+
+
+def _split(sequence: int, token_ids: np.ndarray) -> list[_Chunk]:
+    """A prompt in chunks of the largest size, the rest padded to the smallest size that holds it."""
+    chunks = []
+    for start in range(0, len(token_ids), CHUNK_SIZES[-1]):
+        part = token_ids[start : start + CHUNK_SIZES[-1]]
+        padded = np.zeros(next(size for size in CHUNK_SIZES if size >= len(part)), np.int32)
+        padded[: len(part)] = part
+        chunks.append(_Chunk(sequence, start, len(part), padded))
+    return chunks
+
+
+def _powers(size: int) -> Iterator[int]:
+    while True:
+        yield size
+        size *= 2
+
+
+def bounds(capacity: int) -> list[int]:
+    """The numbers of positions that attention is compiled for: powers of two up to the capacity."""
+    sizes = []
+    for size in _powers(_SMALLEST_CAPACITY):
+        sizes.append(size)
+        if size >= capacity:
+            return sizes
+    raise AssertionError("powers of two do not end")
+
+
+def bounded(length: int, capacity: int) -> int:
+    """The smallest compiled number of positions that holds `length`."""
+    return next(size for size in bounds(capacity) if size >= length)

@@ -1,0 +1,262 @@
+"""Where feed-forward neurons come from: streamed in blocks, resident, or cached by slot. One interface, so that a layer does not know.
+
+Axes: T tokens of a tile (the sequences of a decoding step, or a chunk of a prompt), D d_model, F d_ff, S slots, K padded neurons.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ..kernels.compilation import jit
+from ..kernels.sparse_ffn import block_ffn, gathered_ffn
+from ..storage.store import Store
+from .block_stream import BlockStream
+from .loader_pool import LoaderPool
+from .neuron_cache import make_cache
+from .neuron_rows import NeuronRows
+from .options import EngineOptions
+from .predictors import Predictor
+from .slab import Slab, SlabPlan
+from .step_times import StepTimes
+from .weights import aligned_empty
+
+STREAM_BLOCK_BYTES = 8 << 20  # at 2 GB/s the disk takes 4 ms for it: a thousand times the cost of asking
+STREAM_BUFFERS = 4
+_SMALLEST_BUCKET = 64
+
+_block = jit(block_ffn, static_argnames=("compute_dtype",))
+_gathered = jit(gathered_ffn, static_argnames=("compute_dtype",))
+_columns = jit(lambda predicted, start, length: jax.lax.dynamic_slice_in_dim(predicted, start, length, 1), static_argnums=2)
+_needed = jit(lambda predicted, active: (predicted & active[:, None], jnp.any(predicted & active[:, None], axis=0)))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tile:
+    """Some tokens at the door of a layer's feed-forward block.
+
+    Attributes:
+      residual: [T, D] f32, what the neurons are added to.
+      ffn_in: [T, D] f32, what they see.
+      active: [T] bool, tokens that matter; the others are padding.
+      predicted: [T, F] bool, the neurons that each token may use; None: all.
+    """
+
+    residual: jax.Array
+    ffn_in: jax.Array
+    active: jax.Array
+    predicted: jax.Array | None = None
+
+
+class FeedForward(Protocol):
+    """Adds a layer's neurons to the residual stream."""
+
+    def bind(self, slab: Slab, pool: LoaderPool) -> None:
+        """Called once, when the slab and the loaders are there."""
+        ...
+
+    def add_neurons(self, layer: int, tiles: Sequence[Tile]) -> list[jax.Array]:
+        """The tiles' residuals [T, D] with the layer's neurons added."""
+        ...
+
+    def warm_up(self, tile: Tile) -> None:
+        """Compiles what tiles of this shape need, without reading anything."""
+        ...
+
+
+class StreamedFeedForward:
+    """Every neuron, read in order in blocks, for all tiles at once. Prompts in every mode but `resident`; `hybrid` and `naive`."""
+
+    def __init__(self, store: Store, plan: SlabPlan, up_bias: Sequence[np.ndarray], compute: np.dtype, *, cyclic: bool) -> None:
+        self._compute, self._cyclic = compute, cyclic
+        self._num_layers, self._d_ff = store.config.num_layers, store.config.d_ff
+        self._length = max(1, min(self._d_ff, STREAM_BLOCK_BYTES // store.bundles.bundle_bytes))
+        self._blocks = -(-self._d_ff // self._length)
+        self._buffers = [NeuronRows(plan, store.bundles, self._length) for _ in range(STREAM_BUFFERS)]
+        padding = self._blocks * self._length - self._d_ff
+        self._padding = padding
+        self._bias = [jnp.asarray(np.pad(bias, (0, padding)).reshape(self._blocks, self._length)) for bias in up_bias]
+        self._block_bias = [[rows[block] for block in range(self._blocks)] for rows in self._bias]
+
+    def bind(self, slab: Slab, pool: LoaderPool) -> None:
+        for buffer in self._buffers:
+            buffer.bind(slab)
+
+        def load(item: int, buffer: int):
+            layer, block = divmod(item, self._blocks)
+            offsets = self._buffers[buffer].offsets
+            return [pool.read_range(layer, block * self._length, self._count(block), 0, offsets)]
+
+        self._stream = BlockStream(
+            pool, load, num_items=self._num_layers * self._blocks, num_buffers=STREAM_BUFFERS, cyclic=self._cyclic
+        )
+
+    def add_neurons(self, layer: int, tiles: Sequence[Tile]) -> list[jax.Array]:
+        sums = [tile.residual for tile in tiles]
+        masks = [None if tile.predicted is None else jnp.pad(tile.predicted, ((0, 0), (0, self._padding))) for tile in tiles]
+        for block in range(self._blocks):
+            buffer = self._stream.take(layer * self._blocks + block)
+            rows = self._buffers[buffer]
+            for number, tile in enumerate(tiles):
+                mask = masks[number]
+                sums[number] = _block(
+                    sums[number],
+                    tile.ffn_in,
+                    rows.up,
+                    rows.down,
+                    self._block_bias[layer][block],
+                    np.int32(self._count(block)),
+                    None if mask is None else _columns(mask, np.int32(block * self._length), self._length),
+                    compute_dtype=self._compute,
+                )
+            self._stream.give_back(buffer, sums[-1])
+        return sums
+
+    def warm_up(self, tile: Tile) -> None:
+        rows, bias = self._buffers[0], self._block_bias[0][0]
+        _block(tile.residual, tile.ffn_in, rows.up, rows.down, bias, np.int32(0), None, compute_dtype=self._compute)
+
+    def up_rows(self, layer: int) -> np.ndarray:
+        """[F, D] the layer's up projection in the dtype of products; for the exact predictor, before the run."""
+        rows = aligned_empty((self._d_ff, self._buffers[0].up.shape[1]), self._compute)
+        for block in range(self._blocks):
+            buffer = self._stream.take(layer * self._blocks + block)
+            up = self._buffers[buffer].up
+            rows[block * self._length :][: self._count(block)] = np.asarray(up)[: self._count(block)]
+            self._stream.give_back(buffer, up)
+        return rows
+
+    def _count(self, block: int) -> int:
+        return min(self._length, self._d_ff - block * self._length)
+
+
+class ResidentFeedForward:
+    """Every neuron in memory for the whole run, as if the model fitted."""
+
+    def __init__(self, store: Store, plan: SlabPlan, up_bias: Sequence[np.ndarray], compute: np.dtype) -> None:
+        self._compute, self._d_ff = compute, store.config.d_ff
+        self._layers = [NeuronRows(plan, store.bundles, self._d_ff) for _ in range(store.config.num_layers)]
+        self._bias = [jnp.asarray(bias) for bias in up_bias]
+
+    def bind(self, slab: Slab, pool: LoaderPool) -> None:
+        for layer, rows in enumerate(self._layers):
+            rows.bind(slab)
+            pool.wait(pool.read_range(layer, 0, self._d_ff, 0, rows.offsets))
+
+    def add_neurons(self, layer: int, tiles: Sequence[Tile]) -> list[jax.Array]:
+        rows = self._layers[layer]
+        return [
+            _dense(
+                tile.residual, tile.ffn_in, rows.up, rows.down, self._bias[layer], tile.predicted, compute_dtype=self._compute
+            )
+            for tile in tiles
+        ]
+
+    def warm_up(self, tile: Tile) -> None:
+        self.add_neurons(0, [tile])
+
+
+def _dense_ffn(accumulator, ffn_in, up, down, up_bias, predicted, *, compute_dtype):
+    return block_ffn(accumulator, ffn_in, up, down, up_bias, up.shape[0], predicted, compute_dtype=compute_dtype)
+
+
+_dense = jit(_dense_ffn, static_argnames=("compute_dtype",))
+
+
+class CachedFeedForward:
+    """The paper's way: predicted neurons only, those in the cache computed while the others are being read."""
+
+    def __init__(
+        self, store: Store, plan: SlabPlan, up_bias: Sequence[np.ndarray], compute: np.dtype, options: EngineOptions
+    ) -> None:
+        config = store.config
+        self._compute, self._times = compute, StepTimes()
+        self._num_slots = options.cache_slots(config.d_ff)
+        self._layers = [NeuronRows(plan, store.bundles, self._num_slots) for _ in range(config.num_layers)]
+        self._caches = [
+            make_cache(config.d_ff, self._num_slots, options.policy, options.window) for _ in range(config.num_layers)
+        ]
+        self._bias = [jnp.asarray(bias) for bias in up_bias]
+        self.predictor: Predictor
+
+    def bind(self, slab: Slab, pool: LoaderPool) -> None:
+        self._pool = pool
+        for rows in self._layers:
+            rows.bind(slab)
+
+    def observe(self, times: StepTimes) -> None:
+        """Counts hits, misses and memory management into `times` from now on."""
+        self._times = times
+
+    def add_neurons(self, layer: int, tiles: Sequence[Tile]) -> list[jax.Array]:
+        (tile,) = tiles  # decoding steps are one tile
+        predicted, needed = _needed(self.predictor.predict(layer, tile.ffn_in), tile.active)
+        neuron_ids = np.flatnonzero(np.asarray(needed)).astype(np.int32)
+        self._caches[layer].begin_token()
+        total = tile.residual
+        # Nearly always one turn; a token that needs more neurons than there are slots takes several.
+        for start in range(0, len(neuron_ids), self._num_slots):
+            if start:
+                total.block_until_ready()  # the slots are about to be overwritten
+            total = self._add_turn(layer, neuron_ids[start : start + self._num_slots], total, tile.ffn_in, predicted)
+        return [total]
+
+    def _add_turn(self, layer: int, neuron_ids: np.ndarray, total: jax.Array, ffn_in: jax.Array, predicted: jax.Array):
+        with self._times.managing_memory():
+            placement = self._caches[layer].place(neuron_ids)
+            self._times.count(hits=len(placement.hit_ids), misses=len(placement.miss_ids))
+            ticket = None
+            if len(placement.miss_ids):
+                ticket = self._pool.scatter(layer, placement.miss_ids, placement.miss_slots, self._layers[layer].offsets)
+        if len(placement.hit_ids):
+            total = self._gather(layer, placement.hit_ids, placement.hit_slots, total, ffn_in, predicted)
+        if ticket is not None:
+            self._pool.wait(ticket)
+            total = self._gather(layer, placement.miss_ids, placement.miss_slots, total, ffn_in, predicted)
+        return total
+
+    def _gather(self, layer: int, neuron_ids, slots, total, ffn_in, predicted) -> jax.Array:
+        size = bucket(len(neuron_ids), self._num_slots)
+        rows = self._layers[layer]
+        return _gathered(
+            total,
+            ffn_in,
+            rows.up,
+            rows.down,
+            self._bias[layer],
+            predicted,
+            _padded(slots, size),
+            _padded(neuron_ids, size),
+            np.int32(len(neuron_ids)),
+            compute_dtype=self._compute,
+        )
+
+    def warm_up(self, tile: Tile) -> None:
+        predicted, needed = _needed(self.predictor.predict(0, tile.ffn_in), tile.active)
+        for size in bucket_sizes(self._num_slots):
+            nothing = np.zeros(size, np.int32)
+            self._gather(0, nothing, nothing, tile.residual, tile.ffn_in, predicted)
+
+
+def bucket_sizes(num_slots: int) -> list[int]:
+    """The padded sizes of gathers: powers of two from 64, and the number of slots."""
+    sizes = []
+    size = _SMALLEST_BUCKET
+    while size < num_slots:
+        sizes.append(size)
+        size *= 2
+    return [*sizes, num_slots]
+
+
+def bucket(count: int, num_slots: int) -> int:
+    """The padded size for `count` neurons."""
+    return next(size for size in bucket_sizes(num_slots) if size >= count)
+
+
+def _padded(values: np.ndarray, size: int) -> np.ndarray:
+    padded = np.zeros(size, np.int32)
+    padded[: len(values)] = values
+    return padded

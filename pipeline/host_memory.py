@@ -1,0 +1,79 @@
+"""How much memory this process may still take: the machine's, or its cgroup's where one is smaller."""
+
+from pathlib import Path
+
+from ..errors import InflashError
+
+# The interpreter with jax, compiled kernels, and each loader process: measured, see docs/performance.md.
+ENGINE_BYTES = 420 << 20
+LOADER_BYTES = 40 << 20
+
+_CGROUP_ROOT = Path("/sys/fs/cgroup")
+_FILES = {  # controller: limit, usage, and statistics' name of the page cache that can be dropped
+    "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    "": ("memory.max", "memory.current", "inactive_file"),
+}
+
+
+def available_bytes() -> int:
+    """Memory that can still be had, page cache that would give way counted as free."""
+    free = _machine_available()
+    for line in Path("/proc/self/cgroup").read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        for controller in set(controllers.split(",")) & set(_FILES):
+            room = _cgroup_room(controller, path)
+            free = free if room is None else min(free, room)
+    return free
+
+
+def check_fits(parts: dict[str, int], advice: str) -> None:
+    """Refuses a run that cannot fit before it starts.
+
+    Args:
+      parts: what the run will hold, in bytes by name.
+      advice: what to do otherwise.
+
+    Raises:
+      InflashError: with the figures.
+    """
+    needed, free = sum(parts.values()), available_bytes()
+    if needed > free:
+        listed = ", ".join(f"{name} {size / 2**20:.0f}" for name, size in parts.items() if size)
+        raise InflashError(
+            f"memory: this run needs {needed / 2**20:.0f} MiB ({listed}), found {free / 2**20:.0f} MiB available; {advice}"
+        )
+
+
+def _machine_available() -> int:
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    raise InflashError("/proc/meminfo: expected a line 'MemAvailable', found none; inflash needs Linux")
+
+
+def _cgroup_room(controller: str, path: str) -> int | None:
+    """Bytes below the tightest limit from the process's group up to the root; None without a limit."""
+    limit_file, usage_file, cache_name = _FILES[controller]
+    mount = _CGROUP_ROOT / controller
+    group = mount / path.lstrip("/")
+    if not (group / limit_file).exists():  # inside a container the group itself is the mount
+        group = mount
+    rooms = []
+    while group == mount or mount in group.parents:
+        try:
+            limit = (group / limit_file).read_text().strip()
+            if limit != "max" and int(limit) < 1 << 60:
+                used = int((group / usage_file).read_text())
+                rooms.append(int(limit) - used + _statistic(group / "memory.stat", cache_name))
+        except OSError:
+            pass  # the root group has no such files
+        group = group.parent
+    return min(rooms, default=None)
+
+
+def _statistic(file: Path, name: str) -> int:
+    for line in file.read_text().splitlines():
+        key, value = line.split()
+        if key == name:
+            return int(value)
+    return 0

@@ -1,0 +1,182 @@
+"""The public face: a model from a store, prompts in, texts out."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+from ..errors import InflashError
+from ..storage.store import open_store
+from .engine import Engine
+from .options import EngineOptions
+from .outputs import RequestOutput
+from .requests import Request, check_prompt
+from .sampler import Sampler
+from .sampling_params import SamplingParams
+from .scheduler import Scheduler
+from .text import TokenBytes
+
+Prompt = str | Mapping[str, Any] | Sequence[int]
+"""A text, {"prompt": text}, {"prompt_token_ids": [...]}, or the token ids themselves."""
+
+_LONGEST_BY_DEFAULT = 2048
+
+
+class LLM:
+    """A converted model, ready to generate. Use it as a context manager, or call `close`.
+
+    Args:
+      model: the store that `inflash convert` wrote.
+      options: the fields of `EngineOptions` by name: ffn, predictor, cache_neurons, window, policy, max_num_seqs, max_model_len,
+        compute_dtype, loaders, loader_threads, seed, verify.
+
+    Raises:
+      InflashError: for a bad store or option, or when memory is too small; nothing runs then.
+
+    Example:
+      with LLM("opt-6.7b.inflash", cache_neurons=0.2) as llm:
+          print(llm.generate("The sea was", SamplingParams(max_tokens=32))[0].outputs[0].text)
+    """
+
+    def __init__(self, model: str | Path, **options: Any) -> None:
+        try:
+            self.options = EngineOptions(**options)
+        except TypeError as error:
+            raise InflashError(f"LLM: {str(error).replace('EngineOptions.__init__()', 'the options')}") from error
+        store = open_store(Path(model))
+        self.config = store.config
+        self.max_model_len = self._longest(self.options.max_model_len)
+        self.generation_config = _read_json(store.tokenizer_folder / "generation_config.json")
+        self.tokenizer = _load_tokenizer(store.tokenizer_folder / "tokenizer.json")
+        self._token_bytes = TokenBytes(self.tokenizer) if self.tokenizer else None
+        self.engine = Engine(store, self.options)
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> list[RequestOutput]:
+        """Continues prompts; the outputs are in the order of the prompts.
+
+        Args:
+          prompts: one prompt, or a list of them.
+          sampling_params: for all prompts, or one for each; None: the model's own defaults.
+
+        Raises:
+          InflashError: a prompt is empty, too long, or has ids beyond the vocabulary.
+        """
+        listed = _as_list(prompts)
+        params = self._params(sampling_params, len(listed))
+        requests = [self.make_request(str(number), prompt, params[number], number) for number, prompt in enumerate(listed)]
+        outputs = {output.request_id: output for output in self.stream(requests)}
+        return [outputs[request.request_id] for request in requests]
+
+    def make_request(self, request_id: str, prompt: Prompt, params: SamplingParams, number: int) -> Request:
+        """Tokenises a prompt and checks it.
+
+        Raises:
+          InflashError: see `generate`.
+        """
+        text, token_ids = self._encode(prompt)
+        check_prompt(token_ids, self.config.vocab_size, self.max_model_len)
+        return Request(request_id=request_id, prompt=text, prompt_token_ids=token_ids, sampling_params=params, number=number)
+
+    def stream(
+        self, requests: Sequence[Request], on_tokens: Callable[[int], None] = lambda count: None
+    ) -> Iterator[RequestOutput]:
+        """Yields each request's output as soon as it is finished; `on_tokens` is told how many tokens each step made."""
+        sampler = Sampler(self.config.vocab_size, self.options.seed, self._token_bytes)
+        scheduler = Scheduler(
+            self.engine, sampler, end_ids=self._end_ids(), token_bytes=self._token_bytes, max_length=self.max_model_len
+        )
+        return scheduler.run(requests, on_tokens)
+
+    def logits(self, token_ids: Sequence[int] | np.ndarray) -> np.ndarray:
+        """The scores of the next token after each of the given ones, for evaluation: [T] ids to [T, V] float32.
+
+        In `sparse` every token uses only the neurons that the predictor names, as in decoding.
+        """
+        ids = np.asarray(token_ids)
+        if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
+            raise InflashError(f"logits: expected a list of token ids, found shape {ids.shape} of {ids.dtype}")
+        check_prompt(ids.tolist(), self.config.vocab_size, self.max_model_len + 1)
+        return self.engine.all_logits(ids.astype(np.int32))
+
+    def close(self) -> None:
+        """Stops the loaders. Idempotent."""
+        self.engine.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _longest(self, requested: int | None) -> int:
+        limit = self.config.max_positions
+        if requested is not None and requested > limit:
+            raise InflashError(f"max_model_len: the model has {limit} positions, found {requested}")
+        return requested or min(limit, _LONGEST_BY_DEFAULT)
+
+    def _params(self, given: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
+        if given is None:
+            return [SamplingParams.from_defaults(self.generation_config)] * count
+        if isinstance(given, SamplingParams):
+            return [given] * count
+        if len(given) != count:
+            raise InflashError(f"sampling_params: expected one, or {count} like the prompts, found {len(given)}")
+        return list(given)
+
+    def _encode(self, prompt: Prompt) -> tuple[str | None, list[int]]:
+        if isinstance(prompt, Mapping):
+            known = {"prompt", "prompt_token_ids"}
+            if len(prompt) != 1 or not set(prompt) <= known:
+                raise InflashError(f"prompt: expected either 'prompt' or 'prompt_token_ids', found the keys {sorted(prompt)}")
+            (prompt,) = prompt.values()
+        if isinstance(prompt, str):
+            if not prompt:
+                raise InflashError("prompt: expected some text, found an empty string")
+            if self.tokenizer is None:
+                raise InflashError("prompt: this store has no tokenizer; give token ids, or convert again with its tokenizer files")
+            return prompt, self.tokenizer.encode(prompt).ids
+        if not isinstance(prompt, Sequence) or not all(isinstance(i, int) and not isinstance(i, bool) for i in prompt):
+            raise InflashError("prompt: expected a text or a list of token ids")
+        return None, list(prompt)
+
+    def _end_ids(self) -> frozenset[int]:
+        found = self.generation_config.get("eos_token_id")
+        found = self.config.eos_token_id if found is None else found
+        return frozenset(found) if isinstance(found, list) else frozenset({found})
+
+
+def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    if isinstance(prompts, (str, Mapping)):
+        return [prompts]
+    if len(prompts) and all(isinstance(item, int) for item in prompts):
+        return [list(prompts)]  # pyright: ignore[reportReturnType]
+    return list(prompts)  # pyright: ignore[reportReturnType]
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        document = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise InflashError(f"{path}: expected JSON: {error}") from error
+    if not isinstance(document, dict):
+        raise InflashError(f"{path}: expected a JSON object, found {type(document).__name__}")
+    return document
+
+
+def _load_tokenizer(path: Path):
+    if not path.exists():
+        return None
+    from tokenizers import Tokenizer
+
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises bare Exception
+        raise InflashError(f"{path}: this tokenizer cannot be read: {error}") from error

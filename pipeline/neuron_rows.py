@@ -1,0 +1,40 @@
+"""Rows of neurons in the slab: up rows and down rows apart, seen by loaders as offsets and by kernels as JAX arrays.
+
+Axes: S slots, D d_model, P parts.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from ..storage.layout import BundleLayout, dtype_of, storage_dtype
+from ..storage.readers import DirectReader
+from .slab import Slab, SlabPlan
+from .weights import alias
+
+
+class NeuronRows:
+    """Room for `num_rows` neurons of one layout.
+
+    Attributes:
+      offsets: of each part's rows in the slab, P of them.
+      up, down: [S, D] JAX arrays on the slab's memory, in the store's dtype; there once `bind` was called.
+    """
+
+    def __init__(self, plan: SlabPlan, bundles: BundleLayout, num_rows: int) -> None:
+        self.num_rows = num_rows
+        self._bundles = bundles
+        self.offsets: Sequence[int] = [plan.reserve(num_rows * bundles.row_bytes) for _ in range(bundles.num_parts)]
+        self.up: jax.Array
+        self.down: jax.Array
+
+    def bind(self, slab: Slab) -> None:
+        shape = (self.num_rows, self._bundles.d_model)
+        self.up, self.down = (alias(slab.array(o, shape, dtype_of(self._bundles.dtype))) for o in self.offsets)
+
+    def probe(self, slab: Slab, reader: DirectReader) -> None:
+        """Reads one neuron, so that the reader can say whether reads into these rows go past the page cache."""
+        shape = (self.num_rows, self._bundles.d_model)
+        parts = [slab.array(o, shape, storage_dtype(self._bundles.dtype)) for o in self.offsets]
+        reader.read(np.zeros(1, np.int64), np.zeros(1, np.int64), parts)

@@ -1,0 +1,144 @@
+import functools
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from inflash.kernels import decoder_layer, reference
+from inflash.kernels.compilation import jit
+from inflash.kernels.decoder_layer import LayerShape
+
+SIZES = [(96, 3), (200, 4), (256, 8)]  # D, H
+EPSILON = 1e-5
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng()
+
+
+def normal(rng: np.random.Generator, *shape: int, dtype=np.float32) -> np.ndarray:
+    return rng.standard_normal(shape).astype(dtype)
+
+
+def layer_weights(rng, d_model: int, dtype) -> dict[str, np.ndarray]:
+    matrices = {
+        "qkv": (normal(rng, 3 * d_model, d_model) / d_model**0.5).astype(dtype),
+        "attention_out": (normal(rng, d_model, d_model) / d_model**0.5).astype(dtype),
+    }
+    vectors = (
+        "attention_norm_scale",
+        "attention_norm_bias",
+        "attention_out_bias",
+        "ffn_norm_scale",
+        "ffn_norm_bias",
+        "down_bias",
+    )
+    return matrices | {name: normal(rng, d_model) for name in vectors} | {"qkv_bias": normal(rng, 3 * d_model)}
+
+
+def on_device(weights: dict[str, np.ndarray]) -> dict:
+    return {name: jnp.asarray(weight) for name, weight in weights.items()}
+
+
+def tolerance(dtype) -> float:
+    """Values are of size 3 or so after the norm's scale; bfloat16 rounds what enters each of the two products by 2**-9."""
+    return 1e-4 if dtype == np.float32 else 0.2
+
+
+@pytest.mark.parametrize("norm_first", [True, False])
+@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("batch", [1, 5, 9])
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+def test_decode_agrees_with_reference(rng, norm_first, sizes, batch, dtype):
+    d_model, num_heads = sizes
+    weights = layer_weights(rng, d_model, dtype)
+    x = normal(rng, batch, d_model)
+    keys, values = normal(rng, 2, batch, num_heads, 32, d_model // num_heads)
+    positions = rng.integers(0, 32, batch, dtype=np.int32)
+    shape = LayerShape(num_heads=num_heads, norm_first=norm_first, norm_epsilon=EPSILON, compute_dtype=np.dtype(dtype).name)
+    step = jit(decoder_layer.attention_decode, static_argnames="shape")
+    residual, ffn_in, new_keys, new_values = map(np.asarray, step(x, on_device(weights), keys, values, positions, shape=shape))
+    for b, position in enumerate(positions):
+        before = keys[b, :, :position], values[b, :, :position]
+        expected = reference.decoder_attention(x[b], weights, *before, num_heads, norm_first, EPSILON)
+        np.testing.assert_allclose(residual[b], expected[0], atol=tolerance(dtype))
+        np.testing.assert_allclose(ffn_in[b], expected[1], atol=tolerance(dtype))
+        untouched = np.arange(32) != position
+        np.testing.assert_array_equal(new_keys[b][:, untouched], keys[b][:, untouched])
+        np.testing.assert_array_equal(new_values[b][:, untouched], values[b][:, untouched])
+
+
+@pytest.mark.parametrize("norm_first", [True, False])
+@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+def test_chunks_and_single_tokens_agree(rng, norm_first, sizes, dtype):
+    """A prompt in padded chunks, and token by token: the same residuals and the same cache."""
+    d_model, num_heads = sizes
+    weights, x = on_device(layer_weights(rng, d_model, dtype)), normal(rng, 21, d_model)
+    shape = LayerShape(num_heads=num_heads, norm_first=norm_first, norm_epsilon=EPSILON, compute_dtype=np.dtype(dtype).name)
+    chunk = jit(functools.partial(decoder_layer.attention_chunk, shape=shape))
+    step = jit(functools.partial(decoder_layer.attention_decode, shape=shape))
+    cache = normal(rng, 2, 1, num_heads, 24, d_model // num_heads)
+    others = normal(rng, 2, 1, num_heads, 24, d_model // num_heads)
+    keys, values = np.concatenate([others, cache], axis=1)
+    parts = []
+    for start, count in [(0, 16), (16, 5)]:  # 16 tokens from position 16 exceed the capacity of 24
+        padded = np.full((16, d_model), 1e6, np.float32)
+        padded[:count] = x[start : start + count]
+        residual, ffn_in, keys, values = chunk(padded, weights, keys, values, np.int32(1), np.int32(start), np.int32(count))
+        parts.append((np.asarray(residual)[:count], np.asarray(ffn_in)[:count]))
+    step_keys, step_values = cache
+    for t in range(21):
+        residual, ffn_in, step_keys, step_values = step(x[t : t + 1], weights, step_keys, step_values, np.asarray([t], np.int32))
+        part, row = divmod(t, 16)
+        np.testing.assert_allclose(parts[part][0][row], np.asarray(residual)[0], atol=tolerance(dtype))
+        np.testing.assert_allclose(parts[part][1][row], np.asarray(ffn_in)[0], atol=tolerance(dtype))
+    np.testing.assert_allclose(np.asarray(keys)[1], np.asarray(step_keys)[0], atol=tolerance(dtype))
+    np.testing.assert_allclose(np.asarray(values)[1], np.asarray(step_values)[0], atol=tolerance(dtype))
+    np.testing.assert_array_equal(np.asarray(keys)[0], others[0, 0])
+
+
+@pytest.mark.parametrize("projected", [False, True])
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("batch", [1, 12])
+def test_embedding_and_logits(rng, projected, tied, batch):
+    d_model, embed_dim, vocab = 96, (64 if projected else 96), 301
+    tables = {"tokens": normal(rng, vocab, embed_dim), "positions": normal(rng, 34, d_model)}
+    if projected:
+        tables |= {"project_in": normal(rng, d_model, embed_dim), "project_out": normal(rng, embed_dim, d_model)}
+    else:
+        tables |= {"final_norm_scale": normal(rng, d_model), "final_norm_bias": normal(rng, d_model)}
+    if not tied:
+        tables["head"] = normal(rng, vocab, embed_dim)
+    ids, positions = rng.integers(0, vocab, batch, dtype=np.int32), rng.integers(0, 32, batch, dtype=np.int32)
+
+    x = tables["tokens"][ids].astype(np.float64)
+    expected = (x @ tables["project_in"].T if projected else x) + tables["positions"][positions + 2]
+    found = jit(decoder_layer.embed, static_argnums=3)(ids, positions, tables, 2)
+    np.testing.assert_allclose(np.asarray(found), expected, atol=1e-4)
+
+    if projected:
+        top = expected @ tables["project_out"].T.astype(np.float64)
+    else:
+        top = reference.layer_norm(expected, tables["final_norm_scale"], tables["final_norm_bias"], EPSILON)
+    scores = reference.linear(top, tables["tokens" if tied else "head"])
+    shape = LayerShape(num_heads=4, compute_dtype="float32")
+    found = jit(decoder_layer.logits, static_argnums=2)(expected.astype(np.float32), tables, shape)
+    np.testing.assert_allclose(np.asarray(found), scores, atol=2e-6 * np.abs(scores).max() * 10)
+
+
+def test_positions_of_padding_stay_finite(rng):
+    tables = {"tokens": normal(rng, 10, 16), "positions": normal(rng, 12, 16)}
+    found = jit(decoder_layer.embed, static_argnums=3)(np.zeros(4, np.int32), np.arange(8, 12, dtype=np.int32), tables, 2)
+    assert np.isfinite(np.asarray(found)).all()
+
+
+def test_only_post_norm_layers_have_a_norm_after_the_ffn(rng):
+    x, weights = normal(rng, 3, 96), layer_weights(rng, 96, np.float32)
+    pre, post = (LayerShape(num_heads=3, norm_first=first, norm_epsilon=EPSILON) for first in (True, False))
+    np.testing.assert_array_equal(np.asarray(decoder_layer.after_ffn(jnp.asarray(x), on_device(weights), pre)), x)
+    expected = reference.layer_norm(x, weights["ffn_norm_scale"], weights["ffn_norm_bias"], EPSILON)
+    found = decoder_layer.after_ffn(jnp.asarray(x), on_device(weights), post)
+    np.testing.assert_allclose(np.asarray(found), expected, atol=1e-5)

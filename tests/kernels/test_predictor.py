@@ -1,0 +1,43 @@
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from inflash.kernels import reference
+from inflash.kernels.compilation import jit
+from inflash.kernels.predictor import predict, predict_all, predict_exact
+
+
+@pytest.mark.parametrize("batch", [1, 4, 11])
+@pytest.mark.parametrize("sizes", [(96, 200, 8), (256, 1024, 32), (200, 97, 5)])
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+def test_low_rank_agrees_away_from_the_threshold(batch, sizes, dtype):
+    rng = np.random.default_rng()
+    d_model, d_ff, rank = sizes
+    h = rng.standard_normal((batch, d_model)).astype(np.float32)
+    first = (rng.standard_normal((rank, d_model)) / d_model**0.5).astype(dtype)
+    second = rng.standard_normal((d_ff, rank)).astype(dtype)
+    bias = rng.standard_normal(d_ff).astype(np.float32)
+    threshold = rng.standard_normal(1).astype(np.float32)
+    expected, margin = reference.predict(h.astype(dtype), first, second, bias, float(threshold[0]))
+    found = np.asarray(jit(predict)(h, jnp.asarray(first), jnp.asarray(second), bias, threshold))
+    # Between the two products values of size 1 are rounded: 2**-9 in bfloat16, summed over the rank.
+    clear = np.abs(margin) > (0.02 * rank**0.5 if dtype != np.float32 else 1e-4)
+    assert found.dtype == bool and clear.mean() > 0.8
+    np.testing.assert_array_equal(found[clear], expected[clear])
+    assert 0 < found.mean() < 1
+
+
+@pytest.mark.parametrize("batch", [1, 9])
+def test_exact_is_the_sign_of_the_up_projection(batch):
+    rng = np.random.default_rng()
+    h, up = rng.standard_normal((batch, 96)).astype(np.float32), rng.standard_normal((200, 96)).astype(np.float32)
+    bias = rng.standard_normal(200).astype(np.float32)
+    exact = reference.linear(h, up, bias)
+    found = np.asarray(jit(predict_exact)(h, up, bias))
+    clear = np.abs(exact) > 1e-4
+    np.testing.assert_array_equal(found[clear], exact[clear] > 0)
+
+
+def test_all_is_all():
+    assert np.asarray(predict_all(3, 200)).all() and predict_all(3, 200).shape == (3, 200)

@@ -1,0 +1,127 @@
+import functools
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from inflash.kernels import reference
+from inflash.kernels.compilation import jit
+from inflash.kernels.sparse_ffn import block_ffn, gathered_ffn
+
+BFLOAT16 = ml_dtypes.bfloat16
+SIZES = [(96, 200, 64), (200, 97, 24), (256, 1024, 512)]  # D, F, slots
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng()
+
+
+def normal(rng: np.random.Generator, *shape: int, dtype=np.float32) -> np.ndarray:
+    return rng.standard_normal(shape).astype(dtype)
+
+
+def gathered_problem(rng, batch: int, sizes, num_padded: int, count: int, dtype) -> list[np.ndarray]:
+    d_model, d_ff, num_slots = sizes
+    slots, ids = np.zeros((2, num_padded), np.int32)
+    slots[:count] = rng.permutation(num_slots)[:count]
+    ids[:count] = rng.permutation(d_ff)[:count]
+    return [
+        normal(rng, batch, d_model),
+        normal(rng, batch, d_model).astype(dtype).astype(np.float32),
+        normal(rng, num_slots, d_model, dtype=dtype),
+        normal(rng, num_slots, d_model, dtype=dtype),
+        normal(rng, d_ff),
+        rng.random((batch, d_ff)) < 0.7,
+        slots,
+        ids,
+        np.asarray(count, np.int32),
+    ]
+
+
+def on_device(arrays: list[np.ndarray]) -> list:
+    return [jnp.asarray(array) for array in arrays]
+
+
+def assert_close(found, expected: np.ndarray, added: np.ndarray, dtype) -> None:
+    """bfloat16: each activation is rounded once more, by up to 2**-9 of itself; float32: sums of up to a few thousand terms."""
+    scale = max(1.0, float(np.abs(added).max()))
+    np.testing.assert_allclose(np.asarray(found), expected, atol=scale * (1e-5 if dtype == np.float32 else 1e-2))
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 4, 8, 10])
+@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("dtype", [np.float32, BFLOAT16])
+def test_gathered_agrees_with_reference(rng, batch, sizes, dtype):
+    for num_padded, count in [(24, 24), (24, 17), (16, 1), (7, 5)]:
+        problem = gathered_problem(rng, batch, sizes, num_padded, count, dtype)
+        expected = reference.gathered_ffn(*problem[:8], count)
+        ffn = jit(functools.partial(gathered_ffn, compute_dtype=np.dtype(dtype)))
+        assert_close(ffn(*on_device(problem)), expected, expected - problem[0], dtype)
+
+
+@pytest.mark.parametrize("batch", [1, 4, 10])
+@pytest.mark.parametrize("count", [0, 3])
+def test_padding_may_be_uninitialised_memory(rng, batch, count):
+    problem = gathered_problem(rng, batch, SIZES[0], 16, count, BFLOAT16)
+    used = set(problem[6][:count].tolist())
+    free = next(slot for slot in range(64) if slot not in used)
+    problem[2][free] = problem[3][free] = np.nan
+    problem[6][count:], problem[7][count:] = free, rng.integers(0, 200, 16 - count)
+    expected = reference.gathered_ffn(*problem[:8], count)
+    found = jit(functools.partial(gathered_ffn, compute_dtype="bfloat16"))(*on_device(problem))
+    assert_close(found, expected, expected - problem[0], BFLOAT16)
+
+
+@pytest.mark.parametrize("batch", [1, 4, 10])
+def test_float32_products_of_bfloat16_slots(rng, batch):
+    problem = gathered_problem(rng, batch, SIZES[0], 32, 30, BFLOAT16)
+    problem[1] = normal(rng, *problem[1].shape)  # not representable in bfloat16
+    expected = reference.gathered_ffn(*problem[:8], 30)
+    found = jit(functools.partial(gathered_ffn, compute_dtype="float32"))(*on_device(problem))
+    assert_close(found, expected, expected - problem[0], np.float32)
+
+
+@pytest.mark.parametrize("batch", [1, 4, 10])
+def test_neurons_add_up_whatever_the_split(rng, batch):
+    problem = gathered_problem(rng, batch, SIZES[2], 256, 256, np.float32)
+    ffn = jit(functools.partial(gathered_ffn, compute_dtype="float32"))
+    whole = np.asarray(ffn(*on_device(problem)))
+    x, slots, ids = problem[1:6], problem[6], problem[7]
+    first = ffn(problem[0], *x, slots, ids, np.int32(100))
+    rest = ffn(first, *x, np.roll(slots, -100), np.roll(ids, -100), np.int32(156))
+    assert_close(rest, whole, whole, np.float32)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 4, 8, 9, 70])
+@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("dtype", [np.float32, BFLOAT16])
+def test_block_agrees_with_reference(rng, num_tokens, sizes, dtype):
+    d_model, num_rows, _ = sizes
+    accumulator, x = normal(rng, num_tokens, d_model), normal(rng, num_tokens, d_model).astype(dtype).astype(np.float32)
+    up, down = normal(rng, 2, num_rows, d_model, dtype=dtype)
+    bias, predicted = normal(rng, num_rows), rng.random((num_tokens, num_rows)) < 0.5
+    ffn = jit(functools.partial(block_ffn, compute_dtype=np.dtype(dtype)))
+    dense = jit(functools.partial(block_ffn, count=num_rows, compute_dtype=np.dtype(dtype)))
+    for count in (num_rows, num_rows // 3, 0):
+        for keep in (None, predicted):
+            kept = (np.ones_like(predicted) if keep is None else keep) & (np.arange(num_rows) < count)
+            added = reference.neurons(x, up, down, bias, kept)
+            operands = accumulator, x, jnp.asarray(up), jnp.asarray(down), bias
+            assert_close(ffn(*operands, np.int32(count), keep), accumulator + added, added, dtype)
+            if count == num_rows:
+                assert_close(dense(*operands, predicted=keep), accumulator + added, added, dtype)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 70])
+def test_rows_beyond_count_may_be_uninitialised_memory(rng, num_tokens):
+    accumulator, x = normal(rng, num_tokens, 96), normal(rng, num_tokens, 96)
+    up, down = normal(rng, 2, 64, 96)
+    bias, count = normal(rng, 64), 41
+    added = reference.neurons(x, up[:count], down[:count], bias, np.ones((num_tokens, count), bool))
+    up[count:] = down[count:] = bias[count:] = np.nan
+    ffn = jit(functools.partial(block_ffn, compute_dtype="float32"))
+    assert_close(ffn(accumulator, x, up, down, bias, np.int32(count)), accumulator + added, added, np.float32)
+    up[:] = down[:] = np.nan
+    np.testing.assert_array_equal(np.asarray(ffn(accumulator, x, up, down, bias, np.int32(0))), accumulator)
