@@ -59,7 +59,7 @@ def rounded(
     x: jax.Array,  # f32
     dtype: jax.typing.DTypeLike,
 ) -> jax.Array:
-    """x with the precision of `dtype`, as float32. The barriers keep XLA from dropping it, or doing it once for every row."""
+    """Float32 values with the precision of `dtype`. The barriers keep XLA from dropping that, or doing it once for every row."""
     return lax.optimization_barrier(lax.optimization_barrier(x.astype(dtype)).astype(jnp.float32))
 
 

@@ -14,6 +14,7 @@ from jax import lax
 from .linear import linear
 from .row_products import FEW_ROWS, Rows, dot_rows, mix_rows, rounded
 
+_ROWS_TOGETHER = 16  # rows are added in two halves of groups of eight; odd counts would be slow
 _BITS = {2: jnp.uint16, 4: jnp.uint32}  # by bytes of an element
 
 
@@ -35,6 +36,8 @@ def gathered_ffn(
     Args:
       compute_dtype: precision of the operands; rows of another dtype are converted after the gather. Sums are float32.
     """
+    padding = (0, -slots.shape[0] % _ROWS_TOGETHER)
+    slots, neuron_ids = jnp.pad(slots, padding), jnp.pad(neuron_ids, padding)
     real = jnp.arange(slots.shape[0]) < count
     slots = lax.optimization_barrier(jnp.where(real, slots, slots[0]))
     keep = real[None] & predicted.at[:, neuron_ids].get(mode="clip")
@@ -64,9 +67,11 @@ def block_ffn(
     if isinstance(count, int) and count == num_rows and x.shape[0] > FEW_ROWS:
         keep = jnp.ones((1, 1), bool) if predicted is None else predicted
         return _add_neurons(accumulator, x, _sliced(up), _sliced(down), up_bias, keep, compute_dtype=compute_dtype)
-    real = jnp.arange(num_rows) < count
-    slots = lax.optimization_barrier(jnp.where(real, jnp.arange(num_rows), 0))
-    keep = real[None] if predicted is None else real[None] & predicted
+    padding = (0, -num_rows % _ROWS_TOGETHER)
+    real = jnp.arange(num_rows + padding[1]) < count
+    slots = lax.optimization_barrier(jnp.where(real, jnp.arange(len(real)), 0))
+    keep = real[None] if predicted is None else real[None] & jnp.pad(predicted, ((0, 0), padding))
+    up_bias = jnp.pad(up_bias, padding)
     total = _add_neurons(accumulator, x, _gathered(up, slots), _gathered(down, slots), up_bias, keep, compute_dtype=compute_dtype)
     return jnp.where(jnp.asarray(count) > 0, total, accumulator)
 

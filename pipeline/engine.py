@@ -222,6 +222,10 @@ class Engine:
         kv = sum(array.nbytes for array in (*self._keys, *self._values)) if self.capacity else 0
         return {**self._memory_parts, "KV cache": kv, "slab": self._slab.num_bytes}
 
+    def neuron_memory_bytes(self) -> int:
+        """Of that, what keeps or finds feed-forward neurons while decoding: cached rows and the predictor."""
+        return self._memory_parts["neurons"] + self._memory_parts["predictor"]
+
     @property
     def pool(self) -> LoaderPool:
         return self._pool

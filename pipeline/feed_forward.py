@@ -173,7 +173,7 @@ class CachedFeedForward:
         self, store: Store, plan: SlabPlan, up_bias: Sequence[np.ndarray], compute: np.dtype, options: EngineOptions
     ) -> None:
         config = store.config
-        self._compute, self._times = compute, StepTimes()
+        self._compute, self._times, self._d_ff = compute, StepTimes(), config.d_ff
         self._num_slots = options.cache_slots(config.d_ff)
         self._layers = [NeuronRows(plan, store.bundles, self._num_slots) for _ in range(config.num_layers)]
         self._caches = [
@@ -196,6 +196,7 @@ class CachedFeedForward:
         predicted, needed = _needed(self.predictor.predict(layer, tile.ffn_in), tile.active)
         neuron_ids = np.flatnonzero(np.asarray(needed)).astype(np.int32)
         self._caches[layer].begin_token()
+        self._times.neurons += self._d_ff
         total = tile.residual
         # Nearly always one turn; a token that needs more neurons than there are slots takes several.
         for start in range(0, len(neuron_ids), self._num_slots):

@@ -1,6 +1,5 @@
 """The public face: a model from a store, prompts in, texts out."""
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -10,6 +9,7 @@ import numpy as np
 from ..errors import InflashError
 from ..storage.store import open_store
 from .engine import Engine
+from .model_files import generation_config, load_tokenizer
 from .options import EngineOptions
 from .outputs import RequestOutput
 from .requests import Request, check_prompt
@@ -48,8 +48,8 @@ class LLM:
         store = open_store(Path(model))
         self.config = store.config
         self.max_model_len = self._longest(self.options.max_model_len)
-        self.generation_config = _read_json(store.tokenizer_folder / "generation_config.json")
-        self.tokenizer = _load_tokenizer(store.tokenizer_folder / "tokenizer.json")
+        self.generation_config = generation_config(store)
+        self.tokenizer = load_tokenizer(store)
         self._token_bytes = TokenBytes(self.tokenizer) if self.tokenizer else None
         self.engine = Engine(store, self.options)
 
@@ -157,26 +157,3 @@ def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     if len(prompts) and all(isinstance(item, int) for item in prompts):
         return [list(prompts)]  # pyright: ignore[reportReturnType]
     return list(prompts)  # pyright: ignore[reportReturnType]
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        document = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return {}
-    except ValueError as error:
-        raise InflashError(f"{path}: expected JSON: {error}") from error
-    if not isinstance(document, dict):
-        raise InflashError(f"{path}: expected a JSON object, found {type(document).__name__}")
-    return document
-
-
-def _load_tokenizer(path: Path):
-    if not path.exists():
-        return None
-    from tokenizers import Tokenizer
-
-    try:
-        return Tokenizer.from_file(str(path))
-    except Exception as error:  # tokenizers raises bare Exception
-        raise InflashError(f"{path}: this tokenizer cannot be read: {error}") from error

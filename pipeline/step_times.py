@@ -19,6 +19,7 @@ class StepTimes:
       tokens: tokens that decoding steps made, over all sequences.
       prompt_tokens: tokens of prompts.
       hits, misses: neurons found in the cache and not, over layers and steps.
+      neurons: neurons that there are, over the same layers and steps.
       decode_bytes, prompt_bytes: bytes of weights that were asked of the loaders.
     """
 
@@ -32,6 +33,7 @@ class StepTimes:
     prompt_tokens: int = 0
     hits: int = 0
     misses: int = 0
+    neurons: int = 0
     decode_bytes: int = 0
     prompt_bytes: int = 0
 
@@ -58,6 +60,7 @@ class StepTimes:
             "tokens_per_s": self.tokens / (self.decode_ns / 1e9) if self.decode_ns else 0.0,
             "mib_per_token": self.decode_bytes / 2**20 / max(self.tokens, 1),
             "cache_hit_rate": self.hits / max(self.hits + self.misses, 1),
+            "predicted_share": (self.hits + self.misses) / max(self.neurons, 1),
             "io_wait_ms": self.io_wait_ns / 1e6 / steps,
             "memory_ms": self.memory_ns / 1e6 / steps,
             "compute_ms": max(compute_ns, 0) / 1e6 / steps,

@@ -17,8 +17,8 @@ def rng() -> np.random.Generator:
     return np.random.default_rng()
 
 
-@pytest.mark.parametrize("batch", [1, 2, 3, 5, 8, 9, 33])
-@pytest.mark.parametrize("shape", [(96, 200), (201, 96), (288, 96), (7, 64), (16, 33), (1024, 256)])
+@pytest.mark.parametrize("batch", [1, 3, 4, 8, 9, 33])
+@pytest.mark.parametrize("shape", [(96, 200), (201, 96), (7, 64), (16, 33)])
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16, np.float16])
 def test_agrees_with_reference(rng, batch, shape, dtype):
     num_outputs, num_inputs = shape

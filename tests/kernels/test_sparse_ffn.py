@@ -50,11 +50,11 @@ def assert_close(found, expected: np.ndarray, added: np.ndarray, dtype) -> None:
     np.testing.assert_allclose(np.asarray(found), expected, atol=scale * (1e-5 if dtype == np.float32 else 1e-2))
 
 
-@pytest.mark.parametrize("batch", [1, 2, 3, 4, 8, 10])
+@pytest.mark.parametrize("batch", [1, 2, 4, 7, 10])
 @pytest.mark.parametrize("sizes", SIZES)
 @pytest.mark.parametrize("dtype", [np.float32, BFLOAT16])
 def test_gathered_agrees_with_reference(rng, batch, sizes, dtype):
-    for num_padded, count in [(24, 24), (24, 17), (16, 1), (7, 5)]:
+    for num_padded, count in [(24, 17), (7, 7)]:
         problem = gathered_problem(rng, batch, sizes, num_padded, count, dtype)
         expected = reference.gathered_ffn(*problem[:8], count)
         ffn = jit(functools.partial(gathered_ffn, compute_dtype=np.dtype(dtype)))
@@ -94,7 +94,7 @@ def test_neurons_add_up_whatever_the_split(rng, batch):
     assert_close(rest, whole, whole, np.float32)
 
 
-@pytest.mark.parametrize("num_tokens", [1, 4, 8, 9, 70])
+@pytest.mark.parametrize("num_tokens", [1, 4, 70])
 @pytest.mark.parametrize("sizes", SIZES)
 @pytest.mark.parametrize("dtype", [np.float32, BFLOAT16])
 def test_block_agrees_with_reference(rng, num_tokens, sizes, dtype):

@@ -1,0 +1,226 @@
+"""How near the kernels come to this machine's memory: `inflash bench kernels`.
+
+Axes: B batch, D d_model, F d_ff, H heads, C cache capacity, K gathered neurons, R predictor rank.
+
+A token reads every weight that it uses once and does two operations with it, so on any machine that can multiply faster than it can
+read, decoding takes bytes / bandwidth. The floor is measured in the same run, as the best of a few plain sums over an array much larger
+than any cache. Each kernel's bytes are those of its weights (and of the KV positions that it looks at), however large the batch.
+
+Every round times every kernel once, so that other work on the machine disturbs all of them alike and each finds cold caches.
+"""
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ..errors import InflashError
+from ..kernels.compilation import jit
+from ..kernels.decoder_layer import LayerShape, attention_decode
+from ..kernels.linear import linear
+from ..kernels.predictor import predict
+from ..kernels.sparse_ffn import block_ffn, gathered_ffn
+from .table import table
+
+BATCHES = (1, 2, 4, 8)
+FLOOR_BYTES = 256 << 20
+POSITIONS = 256  # that each sequence looks back on
+CAPACITY = 512
+RANK = 128
+ACTIVE_SHARE = 16  # one neuron in sixteen is gathered
+_FEWEST_ROUNDS, _MOST_ROUNDS = 5, 400
+
+Call = Callable[[], object]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KernelResult:
+    """One line of the table: bytes of weights read a second, and as a share of the memory's own rate."""
+
+    name: str
+    batch: int
+    gb_per_s: float
+    share: float
+    ms: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Case:
+    name: str
+    batch: int
+    num_bytes: int
+    call: Call
+
+
+class _Weights:
+    """Random bf16 matrices of one layer, and the arrays that the kernels want besides."""
+
+    def __init__(self, d_model: int, d_ff: int) -> None:
+        self._rng = np.random.default_rng()
+        self.d_model, self.d_ff = d_model, d_ff
+        self.up, self.down = self.matrix(d_ff, d_model), self.matrix(d_ff, d_model)
+        self.up_bias = self.vectors(d_ff)
+        self.first, self.second = self.matrix(RANK, d_model), self.matrix(d_ff, RANK)
+        names = (
+            "attention_norm_scale",
+            "attention_norm_bias",
+            "attention_out_bias",
+            "ffn_norm_scale",
+            "ffn_norm_bias",
+            "down_bias",
+        )
+        self.attention = {name: self.vectors(d_model) for name in names}
+        self.attention |= {
+            "qkv": self.matrix(3 * d_model, d_model),
+            "qkv_bias": self.vectors(3 * d_model),
+            "attention_out": self.matrix(d_model, d_model),
+        }
+
+    def vectors(self, *shape: int) -> jax.Array:
+        return jnp.asarray(self._rng.standard_normal(shape, np.float32))
+
+    def matrix(self, rows: int, columns: int) -> jax.Array:
+        """A few random rows repeated, as the speed does not depend on the values: [rows, columns] bf16."""
+        some = self.vectors(min(rows, 64), columns) / columns**0.5
+        return jnp.resize(some.astype(jnp.bfloat16), (rows, columns))
+
+    def subsets(self, count: int) -> list[jax.Array]:
+        """Different neurons each time, as in a run: [count] int32 each."""
+        return [jnp.asarray(self._rng.permutation(self.d_ff)[:count], jnp.int32) for _ in range(8)]
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measures, prints a table and, as the last line, one JSON document.
+
+    Args:
+      arguments: `d_model`, `d_ff`, and `seconds`, the length of each measurement.
+
+    Raises:
+      InflashError: a size or the time is not positive.
+    """
+    for name in ("d_model", "d_ff", "seconds"):
+        if not 0 < getattr(arguments, name) < math.inf:
+            raise InflashError(f"bench kernels: {name} should be a positive number, found {getattr(arguments, name)}")
+    weights = _Weights(arguments.d_model, arguments.d_ff)
+    floors = _floor_cases()
+    cases = [case for batch in BATCHES for case in _cases(weights, batch)]
+    times = _interleaved([case.call for case in floors + cases], arguments.seconds)
+    rates = [case.num_bytes / seconds / 1e9 for case, seconds in zip(floors + cases, times, strict=True)]
+    bandwidth = max(rates[: len(floors)])
+    results = [
+        KernelResult(name=case.name, batch=case.batch, gb_per_s=rate, share=rate / bandwidth, ms=1e3 * seconds)
+        for case, rate, seconds in zip(cases, rates[len(floors) :], times[len(floors) :], strict=True)
+    ]
+    _report(arguments, bandwidth, results)
+    return 0
+
+
+def _report(arguments: argparse.Namespace, bandwidth: float, results: list[KernelResult]) -> None:
+    print(f"Memory reads {bandwidth:.1f} GB/s. Weights are bf16, d_model {arguments.d_model}, d_ff {arguments.d_ff}.\n")
+    rows = [[r.name, r.batch, f"{r.gb_per_s:.1f}", f"{100 * r.share:.0f}%", f"{r.ms:.2f}"] for r in results]
+    print(table(["kernel", "batch", "GB/s", "of memory", "ms"], rows), end="\n\n")
+    document = {
+        "bandwidth_gb_per_s": round(bandwidth, 3),
+        "d_model": arguments.d_model,
+        "d_ff": arguments.d_ff,
+        "kernels": [
+            {key: round(value, 4) if isinstance(value, float) else value for key, value in asdict(result).items()}
+            for result in results
+        ],
+    }
+    print(json.dumps(document))
+
+
+def _floor_cases() -> list[_Case]:
+    """Plain sums over one large array, in the two ways that XLA runs fastest."""
+    array = jnp.ones((FLOOR_BYTES // 4 // 4096, 4096), jnp.float32)
+    sums = (jit(jnp.sum), jit(partial(jnp.sum, axis=1)))
+    return [_Case(name="floor", batch=0, num_bytes=array.nbytes, call=partial(each, array)) for each in sums]
+
+
+def _cases(weights: _Weights, batch: int) -> list[_Case]:
+    """Every kernel at one batch size."""
+    d_model, d_ff, active = weights.d_model, weights.d_ff, max(1, weights.d_ff // ACTIVE_SHARE)
+    x = weights.vectors(batch, d_model)
+    ffn_bytes = weights.up.nbytes + weights.down.nbytes
+    threshold = jnp.zeros(1, jnp.float32)
+    dense = jit(partial(block_ffn, count=d_ff, compute_dtype="bfloat16"))
+    predicted = partial(jit(predict), x, weights.first, weights.second, weights.up_bias, threshold)
+    attention_bytes = weights.attention["qkv"].nbytes + weights.attention["attention_out"].nbytes
+    return [
+        _Case(
+            name="linear",
+            batch=batch,
+            num_bytes=weights.up.nbytes,
+            call=partial(jit(linear), x, weights.up, weights.up_bias),
+        ),
+        _Case(
+            name="attention",
+            batch=batch,
+            num_bytes=attention_bytes + batch * POSITIONS * d_model * 8,
+            call=_attention(weights, x),
+        ),
+        _Case(name="predictor", batch=batch, num_bytes=weights.first.nbytes + weights.second.nbytes, call=predicted),
+        _Case(name="gathered_ffn", batch=batch, num_bytes=ffn_bytes * active // d_ff, call=_gathered(weights, x, active)),
+        _Case(
+            name="dense_ffn",
+            batch=batch,
+            num_bytes=ffn_bytes,
+            call=partial(dense, x, x, weights.up, weights.down, weights.up_bias),
+        ),
+    ]
+
+
+def _attention(weights: _Weights, x: jax.Array) -> Call:
+    """A decoding step that keeps its cache, as the engine does."""
+    batch, d_model = x.shape
+    head_dim = math.gcd(d_model, 128)
+    shape = LayerShape(num_heads=d_model // head_dim)
+    step = jit(partial(attention_decode, shape=shape, num_positions=POSITIONS), donate_argnames=("keys", "values"))
+    cache = [jnp.zeros((batch, shape.num_heads, CAPACITY, head_dim), jnp.float32) for _ in range(2)]
+    positions = jnp.full(batch, POSITIONS - 1, jnp.int32)
+
+    def call() -> object:
+        residual, ffn_in, *cache[:] = step(x, weights.attention, *cache, positions)
+        return residual, ffn_in
+
+    return call
+
+
+def _gathered(weights: _Weights, x: jax.Array, active: int) -> Call:
+    """Another set of neurons at each call, so that no cache holds them."""
+    predicted = jnp.ones((x.shape[0], weights.d_ff), bool)
+    ffn = jit(partial(gathered_ffn, compute_dtype="bfloat16"))
+    subsets, count = weights.subsets(active), jnp.int32(active)
+    turn = 0
+
+    def call() -> object:
+        nonlocal turn
+        turn = (turn + 1) % len(subsets)
+        return ffn(x, x, weights.up, weights.down, weights.up_bias, predicted, subsets[turn], subsets[turn], count)
+
+    return call
+
+
+def _interleaved(calls: list[Call], seconds: float) -> list[float]:
+    """The median seconds of each call, over rounds in which every call is made once, `seconds` for each call in all."""
+    for call in calls:
+        jax.block_until_ready(call())
+    rounds: list[list[float]] = []
+    end = time.perf_counter() + seconds * len(calls)
+    while len(rounds) < _FEWEST_ROUNDS or (time.perf_counter() < end and len(rounds) < _MOST_ROUNDS):
+        rounds.append([_seconds(call) for call in calls])
+    return [float(np.median(times)) for times in zip(*rounds, strict=True)]
+
+
+def _seconds(call: Call) -> float:
+    start = time.perf_counter()
+    jax.block_until_ready(call())
+    return time.perf_counter() - start

@@ -1,0 +1,66 @@
+"""`inflash info`: what is in a store."""
+
+import argparse
+import json
+from typing import Any
+
+from ..storage.layout import FORMAT_VERSION, PREDICTORS_FOLDER, neuron_bytes, resident_bytes
+from ..storage.store import Store, open_store
+
+
+def run(arguments: argparse.Namespace) -> int:
+    document = describe(open_store(arguments.model))
+    print(json.dumps(document) if arguments.json else as_text(document))
+    return 0
+
+
+def describe(store: Store) -> dict[str, Any]:
+    """The document that `--json` prints; docs/cli.md lists its keys."""
+    config = store.config
+    sizes = {
+        "resident": resident_bytes(config, store.dtype),
+        "neurons": neuron_bytes(config, store.dtype),
+        "predictors": {name: _folder_bytes(store, name) for name in store.predictors},
+    }
+    return {
+        "path": str(store.path),
+        "format_version": FORMAT_VERSION,
+        "family": config.family,
+        "source": store.source,
+        "dtype": store.dtype,
+        "config": config.to_json(),
+        "bundle_bytes": store.bundles.bundle_bytes,
+        "bytes": sizes,
+        "predictors": store.predictors,
+        "tokenizer": (store.tokenizer_folder / "tokenizer.json").exists(),
+    }
+
+
+def as_text(document: dict[str, Any]) -> str:
+    config, sizes = document["config"], document["bytes"]
+    total = sizes["resident"] + sizes["neurons"]
+    lines = [
+        f"{document['path']}: {document['family']}, from {document['source']}",
+        f"  layers           {config['num_layers']} of d_model {config['d_model']}, d_ff {config['d_ff']}, {config['num_heads']} heads",
+        f"  vocabulary       {config['vocab_size']}, {config['max_positions']} positions, "
+        f"{'with' if document['tokenizer'] else 'without'} tokenizer",
+        f"  dtype            {document['dtype']}, a neuron is {document['bundle_bytes']} bytes on flash",
+        f"  resident         {_mib(sizes['resident'])} ({sizes['resident'] / total:.0%})",
+        f"  neurons          {_mib(sizes['neurons'])} ({sizes['neurons'] / total:.0%})",
+    ]
+    for name, description in document["predictors"].items():
+        ranks = sorted(set(description.get("ranks", [])))
+        size = sizes["predictors"][name]
+        lines.append(f"  predictor {name:6} {_mib(size)} ({size / total:.1%}), rank {', '.join(map(str, ranks))}")
+    if not document["predictors"]:
+        lines.append("  predictors       none")
+    lines.append(f"  format version   {document['format_version']}")
+    return "\n".join(lines)
+
+
+def _mib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**20:10.1f} MiB"
+
+
+def _folder_bytes(store: Store, name: str) -> int:
+    return sum(file.stat().st_size for file in (store.path / PREDICTORS_FOLDER / name).rglob("*") if file.is_file())
