@@ -16,8 +16,8 @@ from jax import lax
 Rows = Callable[[int, int], jax.Array]  # (start, stop) -> rows [stop - start, D] of any float dtype, an expression to fuse
 
 FEW_ROWS = 8  # vectors up to which these products beat a matrix product
+MIXED_VECTORS = 4  # vectors that one pass of `mix_rows` serves before its loop spills
 _MAX_SUMS = 16  # accumulators that fit in vector registers
-_MAX_MIXED = 4  # vectors that one pass of `mix_rows` serves before its loop spills
 _PARTIAL_BYTES = 8 << 20  # sums of groups kept by one pass: well inside the cache, and below what malloc returns to the system
 _MIXED_ROWS = 8  # rows that one step of `mix_rows` adds up; more are not unrolled by the compiler
 
@@ -78,27 +78,22 @@ def dot_rows(
 
 
 def mix_rows(
-    weights: jax.Array,  # [B, K] f32
+    weights: jax.Array,  # [B, K] f32, B up to MIXED_VECTORS
     rows: Rows,
     width: int,
 ) -> jax.Array:
     """Each weight vector's sum of weighted rows, `weights @ rows`: [B, D] f32, D being `width`."""
     batch, num_rows = weights.shape
-    vectors = min(batch, _MAX_MIXED)
-    rows_a_pass = max(_MIXED_ROWS**2, _PARTIAL_BYTES // (4 * width * vectors) * _MIXED_ROWS)
-    mixed = []
-    for first in range(0, batch, vectors):
-        some, total = weights[first : first + vectors], jnp.zeros((), jnp.float32)
-        for start in range(0, num_rows, rows_a_pass):
-            some, total = lax.optimization_barrier((some, total))  # one pass after another, in the same memory
-            total = total + _mix_pass(some, rows, start, min(start + rows_a_pass, num_rows))
-        mixed.append(total)
-        weights, total = lax.optimization_barrier((weights, total))
-    return jnp.concatenate(mixed)
+    rows_a_pass = max(_MIXED_ROWS**2, _PARTIAL_BYTES // (4 * width * batch) * _MIXED_ROWS)
+    mixed = jnp.zeros((batch, width), jnp.float32)
+    for start in range(0, num_rows, rows_a_pass):
+        weights, mixed = lax.optimization_barrier((weights, mixed))  # one pass after another, in the same memory
+        mixed = mixed + _mix_pass(weights, rows, start, min(start + rows_a_pass, num_rows))
+    return mixed
 
 
 def _mix_pass(weights: jax.Array, rows: Rows, start: int, stop: int) -> jax.Array:
-    """`mix_rows` for up to four vectors and the rows from start to stop."""
+    """`mix_rows` over the rows from start to stop."""
     batch, half = weights.shape[0], (stop - start) // 2
     if batch > 1 or (stop - start) % 2:
         return jnp.stack(mix([weights[b, start:stop] for b in range(batch)], [rows(start, stop)]))

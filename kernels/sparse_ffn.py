@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from .linear import linear
-from .row_products import FEW_ROWS, Rows, dot_rows, mix_rows, rounded
+from .row_products import FEW_ROWS, MIXED_VECTORS, Rows, dot_rows, mix_rows, rounded
 
 _ROWS_TOGETHER = 16  # rows are added in two halves of groups of eight; odd counts would be slow
 _BITS = {2: jnp.uint16, 4: jnp.uint32}  # by bytes of an element
@@ -42,9 +42,7 @@ def gathered_ffn(
     slots = lax.optimization_barrier(jnp.where(real, slots, slots[0]))
     keep = real[None] & predicted.at[:, neuron_ids].get(mode="clip")
     bias = up_bias.at[neuron_ids].get(mode="clip")
-    total = _add_neurons(
-        accumulator, x, _gathered(up_slots, slots), _gathered(down_slots, slots), bias, keep, compute_dtype=compute_dtype
-    )
+    total = _add_slots(accumulator, x, up_slots, down_slots, slots, bias, keep, jnp.dtype(compute_dtype))
     return jnp.where(count > 0, total, accumulator)
 
 
@@ -66,52 +64,65 @@ def block_ffn(
     num_rows = up.shape[0]
     if isinstance(count, int) and count == num_rows and x.shape[0] > FEW_ROWS:
         keep = jnp.ones((1, 1), bool) if predicted is None else predicted
-        return _add_neurons(accumulator, x, _sliced(up), _sliced(down), up_bias, keep, compute_dtype=compute_dtype)
+        return _add_all(accumulator, x, up, down, up_bias, keep, jnp.dtype(compute_dtype))
     padding = (0, -num_rows % _ROWS_TOGETHER)
     real = jnp.arange(num_rows + padding[1]) < count
     slots = lax.optimization_barrier(jnp.where(real, jnp.arange(len(real)), 0))
     keep = real[None] if predicted is None else real[None] & jnp.pad(predicted, ((0, 0), padding))
     up_bias = jnp.pad(up_bias, padding)
-    total = _add_neurons(accumulator, x, _gathered(up, slots), _gathered(down, slots), up_bias, keep, compute_dtype=compute_dtype)
+    total = _add_slots(accumulator, x, up, down, slots, up_bias, keep, jnp.dtype(compute_dtype))
     return jnp.where(jnp.asarray(count) > 0, total, accumulator)
 
 
-def _sliced(matrix: jax.Array) -> Rows:
-    return lambda start, stop: matrix[start:stop]
+def _add_slots(
+    accumulator: jax.Array,
+    x: jax.Array,
+    up: jax.Array,  # [S, D]
+    down: jax.Array,  # [S, D]
+    slots: jax.Array,  # [K] int32
+    bias: jax.Array,  # [K] f32
+    keep: jax.Array,  # [B, K] bool, or broadcastable to it
+    compute: jnp.dtype,
+) -> jax.Array:
+    """The accumulator plus the neurons in `slots`: their rows are read where they lie, unless there are many tokens."""
+    num_rows = slots.shape[0]
+    if x.shape[0] > FEW_ROWS:
+        up_rows, down_rows = (_gathered(matrix, slots, compute)(0, num_rows) for matrix in (up, down))
+        return _add_all(accumulator, x, up_rows, down_rows, bias, keep, compute)
+    hidden = dot_rows(rounded(x, compute), _gathered(up, slots, compute), num_rows)
+    hidden = rounded(jnp.where(keep, jax.nn.relu(hidden + bias[None]), 0.0), compute)
+    mixed: list[jax.Array] = []
+    for first in range(0, hidden.shape[0], MIXED_VECTORS):
+        slots, mixed = lax.optimization_barrier((slots, mixed))  # passes that shared a gather would write it out first
+        weights = hidden[first : first + MIXED_VECTORS]
+        mixed.append(mix_rows(weights, _gathered(down, slots, compute), down.shape[1]))
+    return accumulator + jnp.concatenate(mixed)
 
 
-def _gathered(pool: jax.Array, slots: jax.Array) -> Rows:
+def _add_all(
+    accumulator: jax.Array,
+    x: jax.Array,
+    up: jax.Array,  # [K, D]
+    down: jax.Array,  # [K, D]
+    bias: jax.Array,  # [K] f32
+    keep: jax.Array,  # [B, K] bool, or broadcastable to it
+    compute: jnp.dtype,
+) -> jax.Array:
+    """The accumulator plus all the given rows' neurons, for many tokens: two matrix products."""
+    hidden = jnp.where(keep, jax.nn.relu(linear(x, up, bias, compute_dtype=compute)), 0.0)
+    # The barrier keeps the transpose inside `linear` out of this product, which XLA could not run on 16-bit operands.
+    hidden = lax.optimization_barrier(hidden.astype(compute))
+    contract_rows = (((1,), (0,)), ((), ()))
+    mixed = lax.dot_general(hidden, down.astype(compute), contract_rows, preferred_element_type=jnp.float32)
+    return accumulator + mixed
+
+
+def _gathered(pool: jax.Array, slots: jax.Array, compute: jnp.dtype) -> Rows:
     """Rows by slot, moved as integers: XLA on CPU would move 16-bit floats as float32 and round every element back."""
     bits = lax.bitcast_convert_type(pool, _BITS[pool.dtype.itemsize])
 
     def rows(start: int, stop: int) -> jax.Array:
         taken = bits.at[slots[start:stop]].get(mode="promise_in_bounds", wrap_negative_indices=False)
-        return lax.bitcast_convert_type(taken, pool.dtype)
+        return lax.bitcast_convert_type(taken, pool.dtype).astype(compute)
 
     return rows
-
-
-def _add_neurons(
-    accumulator: jax.Array,
-    x: jax.Array,
-    up_rows: Rows,
-    down_rows: Rows,
-    bias: jax.Array,  # [K] f32
-    keep: jax.Array,  # [B, K] bool, or broadcastable to it
-    *,
-    compute_dtype: jax.typing.DTypeLike,
-) -> jax.Array:
-    num_rows = bias.shape[0]
-    if x.shape[0] > FEW_ROWS:
-        up, down = up_rows(0, num_rows), down_rows(0, num_rows).astype(compute_dtype)
-        hidden = jnp.where(keep, jax.nn.relu(linear(x, up, bias, compute_dtype=compute_dtype)), 0.0)
-        # The barrier keeps the transpose inside `linear` out of this product, which XLA could not run on 16-bit operands.
-        hidden = lax.optimization_barrier(hidden.astype(compute_dtype))
-        contract_rows = (((1,), (0,)), ((), ()))
-        mixed = lax.dot_general(hidden, down, contract_rows, preferred_element_type=jnp.float32)
-        return accumulator + mixed
-    hidden = dot_rows(rounded(x, compute_dtype), lambda start, stop: up_rows(start, stop).astype(compute_dtype), num_rows)
-    hidden = jnp.where(keep, jax.nn.relu(hidden + bias[None]), 0.0)
-    return accumulator + mix_rows(
-        rounded(hidden, compute_dtype), lambda start, stop: down_rows(start, stop).astype(compute_dtype), x.shape[1]
-    )

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Self
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from ..errors import InflashError
@@ -29,7 +28,7 @@ from .options import EngineOptions
 from .predictors import AllNeurons, ExactPredictor, LowRankPredictor, Predictor, choose_predictor, predictor_bytes
 from .slab import Slab, SlabPlan
 from .step_times import StepTimes
-from .weights import compute_dtype, load_weights, loaded_bytes
+from .weights import compute_dtype, load_weights, loaded_bytes, zeros
 
 CHUNK_SIZES = (32, 256)
 """Tokens of a prompt that a kernel takes at once; shorter chunks are padded to one of these."""
@@ -161,8 +160,8 @@ class Engine:
         shape = (num_seqs, self.config.num_heads, capacity, self.config.head_dim)
         kv_bytes = 2 * self.config.num_layers * int(np.prod(shape)) * 4
         check_fits({f"KV cache of {num_seqs} x {capacity} tokens": kv_bytes}, "use a smaller --max-num-seqs or --max-model-len")
-        self._keys = [jnp.zeros(shape, jnp.float32) for _ in range(self.config.num_layers)]
-        self._values = [jnp.zeros(shape, jnp.float32) for _ in range(self.config.num_layers)]
+        self._keys = [zeros(shape) for _ in range(self.config.num_layers)]
+        self._values = [zeros(shape) for _ in range(self.config.num_layers)]
         self.num_seqs, self.capacity = num_seqs, capacity
         self._warm_up()
 
@@ -175,7 +174,7 @@ class Engine:
         with self._timed_prompt(sum(len(token_ids) for _, token_ids in prompts)):
             chunks = [chunk for sequence, token_ids in prompts for chunk in _split(sequence, token_ids)]
             outputs = self._run_chunks(chunks)
-            hidden = jnp.zeros((self.num_seqs, self.config.d_model))
+            hidden = zeros((self.num_seqs, self.config.d_model))
             for chunk, x in zip(chunks, outputs, strict=True):  # a sequence's last chunk comes last
                 hidden = _put_row(hidden, x, np.int32(chunk.count - 1), np.int32(chunk.sequence))
             (logits,) = self._matrices.logits([hidden])
@@ -204,14 +203,13 @@ class Engine:
         with self._timed_step(int(active.sum())):
             bound = bounded(int(positions.max()) + 1, self.capacity)
             x = self._matrices.embed(token_ids, positions)
-            live = jnp.asarray(active)
             for layer in range(self.config.num_layers):
                 weights = self._matrices.take_attention(layer)
                 residual, ffn_in, self._keys[layer], self._values[layer] = _attention_decode(  # A
                     x, weights, self._keys[layer], self._values[layer], positions, self._shape, num_positions=bound
                 )
                 self._matrices.give_back_attention(layer, residual)
-                tile = Tile(residual=residual, ffn_in=ffn_in, active=live)
+                tile = Tile(residual=residual, ffn_in=ffn_in, active=active)
                 (x,) = self._decode_ffn.add_neurons(layer, [tile])  # B to F
                 x = self._after(layer, x)
             (logits,) = self._matrices.logits([x])  # H
@@ -275,7 +273,7 @@ class Engine:
             np.int32(chunk.count),
             self._shape,
         )
-        return Tile(residual=residual, ffn_in=ffn_in, active=jnp.asarray(np.arange(len(x)) < chunk.count))
+        return Tile(residual=residual, ffn_in=ffn_in, active=np.arange(len(x)) < chunk.count)
 
     def _after(self, layer: int, x: jax.Array) -> jax.Array:
         return x if self._shape.norm_first else _after_ffn(x, self._weights.layers[layer], self._shape)
@@ -284,18 +282,18 @@ class Engine:
         """Compiles every kernel for this batch and capacity by running it once, on layer 0 and on nothing."""
         weights = self._matrices.example_attention()
         nothing = np.zeros(self.num_seqs, np.int32)
-        x = jnp.zeros((self.num_seqs, self.config.d_model))
+        x = zeros((self.num_seqs, self.config.d_model))
         for bound in bounds(self.capacity):
             # The last position below the bound: no token that is there yet can see it.
             residual, ffn_in, self._keys[0], self._values[0] = _attention_decode(
                 x, weights, self._keys[0], self._values[0], nothing + bound - 1, self._shape, num_positions=bound
             )
         self._after(0, x)
-        self._decode_ffn.warm_up(Tile(residual=x, ffn_in=x, active=jnp.asarray(nothing > 0)))
+        self._decode_ffn.warm_up(Tile(residual=x, ffn_in=x, active=nothing > 0))
         self._matrices.warm_up(x)
         for size in CHUNK_SIZES:
             chunk = _Chunk(0, 0, 0, np.zeros(size, np.int32))
-            tile = self._attend(0, weights, chunk, jnp.zeros((size, self.config.d_model)))
+            tile = self._attend(0, weights, chunk, zeros((size, self.config.d_model)))
             self._prompt_ffn.warm_up(tile)
             self._after(0, tile.residual)
             self._matrices.embed(chunk.token_ids, chunk.token_ids)

@@ -22,7 +22,7 @@ from .options import EngineOptions
 from .predictors import Predictor
 from .slab import Slab, SlabPlan
 from .step_times import StepTimes
-from .weights import aligned_empty
+from .weights import aligned_empty, on_device
 
 STREAM_BLOCK_BYTES = 8 << 20  # at 2 GB/s the disk takes 4 ms for it: a thousand times the cost of asking
 STREAM_BUFFERS = 4
@@ -41,13 +41,13 @@ class Tile:
     Attributes:
       residual: [T, D] f32, what the neurons are added to.
       ffn_in: [T, D] f32, what they see.
-      active: [T] bool, tokens that matter; the others are padding.
+      active: [T] bool, on the host: tokens that matter; the others are padding.
       predicted: [T, F] bool, the neurons that each token may use; None: all.
     """
 
     residual: jax.Array
     ffn_in: jax.Array
-    active: jax.Array
+    active: np.ndarray
     predicted: jax.Array | None = None
 
 
@@ -78,8 +78,8 @@ class StreamedFeedForward:
         self._buffers = [NeuronRows(plan, store.bundles, self._length) for _ in range(STREAM_BUFFERS)]
         padding = self._blocks * self._length - self._d_ff
         self._padding = padding
-        self._bias = [jnp.asarray(np.pad(bias, (0, padding)).reshape(self._blocks, self._length)) for bias in up_bias]
-        self._block_bias = [[rows[block] for block in range(self._blocks)] for rows in self._bias]
+        padded = [np.pad(bias, (0, padding)).reshape(self._blocks, self._length) for bias in up_bias]
+        self._block_bias = [[on_device(block) for block in rows] for rows in padded]
 
     def bind(self, slab: Slab, pool: LoaderPool) -> None:
         for buffer in self._buffers:
@@ -139,7 +139,7 @@ class ResidentFeedForward:
     def __init__(self, store: Store, plan: SlabPlan, up_bias: Sequence[np.ndarray], compute: np.dtype) -> None:
         self._compute, self._d_ff = compute, store.config.d_ff
         self._layers = [NeuronRows(plan, store.bundles, self._d_ff) for _ in range(store.config.num_layers)]
-        self._bias = [jnp.asarray(bias) for bias in up_bias]
+        self._bias = [on_device(bias) for bias in up_bias]
 
     def bind(self, slab: Slab, pool: LoaderPool) -> None:
         for layer, rows in enumerate(self._layers):
@@ -149,9 +149,7 @@ class ResidentFeedForward:
     def add_neurons(self, layer: int, tiles: Sequence[Tile]) -> list[jax.Array]:
         rows = self._layers[layer]
         return [
-            _dense(
-                tile.residual, tile.ffn_in, rows.up, rows.down, self._bias[layer], tile.predicted, compute_dtype=self._compute
-            )
+            _dense(tile.residual, tile.ffn_in, rows.up, rows.down, self._bias[layer], tile.predicted, compute_dtype=self._compute)
             for tile in tiles
         ]
 
@@ -179,7 +177,7 @@ class CachedFeedForward:
         self._caches = [
             make_cache(config.d_ff, self._num_slots, options.policy, options.window) for _ in range(config.num_layers)
         ]
-        self._bias = [jnp.asarray(bias) for bias in up_bias]
+        self._bias = [on_device(bias) for bias in up_bias]
         self.predictor: Predictor
 
     def bind(self, slab: Slab, pool: LoaderPool) -> None:

@@ -139,7 +139,9 @@ class LLM:
             if not prompt:
                 raise InflashError("prompt: expected some text, found an empty string")
             if self.tokenizer is None:
-                raise InflashError("prompt: this store has no tokenizer; give token ids, or convert again with its tokenizer files")
+                raise InflashError(
+                    "prompt: this store has no tokenizer; give token ids, or convert again with its tokenizer files"
+                )
             return prompt, self.tokenizer.encode(prompt).ids
         if not isinstance(prompt, Sequence) or not all(isinstance(i, int) and not isinstance(i, bool) for i in prompt):
             raise InflashError("prompt: expected a text or a list of token ids")

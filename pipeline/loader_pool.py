@@ -167,9 +167,7 @@ class LoaderPool:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _start(
-        self, store: Store, slab: Slab, region: ChannelRegion, threads: int, files: Sequence[Path], verify: bool
-    ) -> _Peer:
+    def _start(self, store: Store, slab: Slab, region: ChannelRegion, threads: int, files: Sequence[Path], verify: bool) -> _Peer:
         assert slab.descriptor is not None
         wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         lifeline_read, lifeline_write = os.pipe()

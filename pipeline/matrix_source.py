@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Protocol
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from ..kernels.compilation import jit
@@ -21,7 +20,7 @@ from ..storage.store import Store
 from .block_stream import BlockStream
 from .loader_pool import LoaderPool
 from .slab import Slab, SlabPlan
-from .weights import ModelWeights, alias
+from .weights import ModelWeights, alias, on_device
 
 STREAMED_NAMES = frozenset({"qkv", "attention_out", "tokens", "head"})
 """The resident tensors that the naive mode does not load."""
@@ -129,7 +128,7 @@ class StreamedMatrices:
 
     def embed(self, token_ids: np.ndarray, positions: np.ndarray) -> jax.Array:
         rows = np.stack([self._token_row(int(token)) for token in token_ids])
-        tables = {**self._weights.embeddings, "tokens": jnp.asarray(rows)}
+        tables = {**self._weights.embeddings, "tokens": on_device(rows)}
         offset, compute = self._store.config.position_offset, np.dtype(self._shape.compute_dtype)
         return _embed(np.arange(len(rows), dtype=np.int32), positions, tables, offset, compute_dtype=compute)
 
@@ -152,7 +151,7 @@ class StreamedMatrices:
                 product = _linear(x, self._head_buffers[buffer], compute_dtype=np.dtype(self._shape.compute_dtype))
                 parts[number].append(np.asarray(product)[:, :rows])
             self._stream.give_back(buffer, ready[-1])
-        return [jnp.asarray(np.concatenate(part, axis=1)) for part in parts]
+        return [on_device(np.concatenate(part, axis=1)) for part in parts]
 
     def example_attention(self) -> dict[str, jax.Array]:
         return {**self._weights.layers[0], **self._buffers[0]}
@@ -196,9 +195,5 @@ def _clip(ranges: Sequence[ByteRange], start: int, stop: int) -> list[ByteRange]
     for r in ranges:
         first, last = max(r.target, start), min(r.target + r.length, stop)
         if first < last:
-            clipped.append(
-                ByteRange(file=r.file, offset=r.offset + first - r.target, length=last - first, target=first - start)
-            )
+            clipped.append(ByteRange(file=r.file, offset=r.offset + first - r.target, length=last - first, target=first - start))
     return clipped
-
-

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Protocol
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from ..errors import InflashError
@@ -16,7 +15,7 @@ from ..kernels.predictor import predict, predict_exact
 from ..storage.layout import predictor_specs
 from ..storage.resident import load_tensors
 from ..storage.store import Store
-from .weights import ModelWeights, alias, gather_pieces
+from .weights import ModelWeights, alias, gather_pieces, on_device
 
 _predict = jit(predict)
 _predict_exact = jit(predict_exact)
@@ -51,7 +50,7 @@ class AllNeurons:
         self._d_ff = d_ff
 
     def predict(self, layer: int, ffn_in: jax.Array) -> jax.Array:
-        return jnp.ones((ffn_in.shape[0], self._d_ff), bool)
+        return on_device(np.ones((ffn_in.shape[0], self._d_ff), bool))
 
 
 class ExactPredictor:
@@ -61,7 +60,7 @@ class ExactPredictor:
 
     def __init__(self, weights: ModelWeights, up_rows: UpRows) -> None:
         self._up = [alias(up_rows(layer)) for layer in range(len(weights.layers))]
-        self._bias = [jnp.asarray(bias) for bias in weights.up_bias]
+        self._bias = [on_device(bias) for bias in weights.up_bias]
         self.num_bytes = sum(up.nbytes for up in self._up)
 
     def predict(self, layer: int, ffn_in: jax.Array) -> jax.Array:

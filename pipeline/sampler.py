@@ -6,7 +6,6 @@ Axes: B sequences, V vocabulary.
 from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from ..kernels import sampling
@@ -15,6 +14,7 @@ from .outputs import Logprob
 from .requests import Continuation
 from .sampling_params import SamplingParams
 from .text import TokenBytes
+from .weights import zeros
 
 _greedy = jit(sampling.greedy)
 _sample = jit(sampling.sample)
@@ -35,10 +35,14 @@ class Sampler:
 
     def warm_up(self, num_rows: int, params: Sequence[SamplingParams]) -> None:
         """Compiles the kernels that requests like these will need."""
-        logits = jnp.zeros((num_rows, self._vocab_size))
+        logits = zeros((num_rows, self._vocab_size))
         _greedy(logits)
         if any(not p.greedy for p in params):
-            temperature, seeds, index = np.ones(num_rows, np.float32), np.zeros((num_rows, 2), np.uint32), np.zeros(num_rows, np.int32)
+            temperature, seeds, index = (
+                np.ones(num_rows, np.float32),
+                np.zeros((num_rows, 2), np.uint32),
+                np.zeros(num_rows, np.int32),
+            )
             _sample(logits, temperature, seeds, index)
             if any(p.filtered for p in params):
                 _sample_filtered(logits, temperature, index, temperature, temperature, seeds, index)
@@ -108,9 +112,7 @@ class Sampler:
             token_ids[row, : len(ids)] = ids
         return _suppress(logits, token_ids)
 
-    def _note_logprobs(
-        self, logits: jax.Array, rows: Sequence[tuple[int, Continuation]], tokens: dict[int, int]
-    ) -> None:
+    def _note_logprobs(self, logits: jax.Array, rows: Sequence[tuple[int, Continuation]], tokens: dict[int, int]) -> None:
         chosen = np.zeros(logits.shape[0], np.int32)
         for row, token in tokens.items():
             chosen[row] = token

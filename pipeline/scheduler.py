@@ -91,9 +91,7 @@ class Scheduler:
             positions[row], active[row] = continuation.position, True
         return self._engine.decode(token_ids, positions, active)
 
-    def _extend(
-        self, logits: jax.Array, rows: Sequence[tuple[int, Continuation]], on_tokens: Callable[[int], None]
-    ) -> None:
+    def _extend(self, logits: jax.Array, rows: Sequence[tuple[int, Continuation]], on_tokens: Callable[[int], None]) -> None:
         for row, token in self._sampler.choose(logits, rows).items():
             dict(rows)[row].push(token)
         on_tokens(len(rows))

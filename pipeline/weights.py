@@ -45,6 +45,16 @@ def alias(view: np.ndarray) -> jax.Array:
     return array
 
 
+def on_device(values: np.ndarray) -> jax.Array:
+    """A copy on the device that products run on. Committed to it, like every kernel's result: jit compiles anew for one that is not."""
+    return jax.device_put(values, cpu_device(), may_alias=False)
+
+
+def zeros(shape: tuple[int, ...]) -> jax.Array:
+    """float32 zeros, committed to the device."""
+    return on_device(np.zeros(shape, np.float32))
+
+
 def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     """Uninitialised memory that XLA can use in place."""
     num_bytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize

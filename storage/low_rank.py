@@ -53,6 +53,7 @@ def low_rank_predictor(
     """
     rng = np.random.default_rng(seed)
     d_model = len(norm_scale)
+    up_bias, norm_scale, norm_bias = _finite(up_bias), _finite(norm_scale), _finite(norm_bias)
     deviation = np.sqrt(norm_scale.astype(np.float64) ** 2 + norm_bias.astype(np.float64) ** 2).astype(np.float32)
     weight = np.maximum(deviation, 1e-6 * max(float(deviation.max()), 1e-30))
     second, first = _truncated_svd(up_blocks, weight, min(rank, d_model), rng)
@@ -60,7 +61,7 @@ def low_rank_predictor(
     inputs = norm_scale * rng.standard_normal((_NUM_INPUTS, d_model), np.float32) + norm_bias
     coordinates = inputs @ first.T  # [N, R]
     scores = coordinates @ second.T + up_bias  # [N, F]
-    truth = np.concatenate([inputs @ block.astype(np.float32).T for block in up_blocks()], axis=1) + up_bias
+    truth = np.concatenate([inputs @ _finite(block).T for block in up_blocks()], axis=1) + up_bias
     active = scores[truth > 0]
     threshold = float(np.quantile(active, 1 - WANTED_RECALL)) if active.size else np.inf
     return LowRankPredictor(
@@ -86,12 +87,18 @@ def _truncated_svd(
 
 
 def _times(up_blocks: RowBlocks, right: np.ndarray) -> np.ndarray:
-    return np.concatenate([block.astype(np.float32) @ right for block in up_blocks()])
+    return np.concatenate([_finite(block) @ right for block in up_blocks()])
 
 
 def _transposed_times(up_blocks: RowBlocks, left: np.ndarray) -> np.ndarray:
     total, start = 0.0, 0
     for block in up_blocks():
-        total = total + block.astype(np.float32).T @ left[start : start + len(block)]
+        total = total + _finite(block).T @ left[start : start + len(block)]
         start += len(block)
     return np.asarray(total)
+
+
+def _finite(values: np.ndarray) -> np.ndarray:
+    """In float32, zeros for NaN and infinity: a damaged neuron, of which the converter warns, must not spoil its whole layer."""
+    values = values.astype(np.float32)
+    return np.where(np.isfinite(values), values, np.float32(0))

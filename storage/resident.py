@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..errors import InflashError
+from ..errors import InflashError, RunError
 from .layout import TensorSpec, dtype_of
 from .shard_index import open_raw_array
 
@@ -44,7 +44,7 @@ def pieces(specs: Iterable[TensorSpec], limit: int = PIECE_BYTES) -> list[list[P
         start = 0
         while start < spec.shape[0]:
             rows = min(room // row_bytes, spec.shape[0] - start)
-            if rows == 0 and checkpoints[-1]:
+            if rows <= 0 and checkpoints[-1]:
                 checkpoints.append([])
                 room = limit
                 continue
@@ -59,6 +59,7 @@ def save_tensors(folder: Path, specs: tuple[TensorSpec, ...], tensor: Callable[[
 
     Raises:
       InflashError: a tensor has another shape than its spec.
+      RunError: the disk is full, or refuses to be written.
     """
     held: tuple[str, np.ndarray] | None = None
     for number, checkpoint in enumerate(pieces(specs)):
@@ -69,10 +70,7 @@ def save_tensors(folder: Path, specs: tuple[TensorSpec, ...], tensor: Callable[[
                 if held[1].shape != piece.spec.shape:
                     raise InflashError(f"{piece.spec.name}: expected shape {piece.spec.shape}, found {held[1].shape}")
             leaves[piece.spec.name] = held[1][piece.start : piece.stop].astype(dtype_of(piece.spec.dtype), copy=False)
-        with _checkpointer() as checkpointer:
-            import orbax.checkpoint as ocp
-
-            checkpointer.save((folder / str(number)).absolute(), args=ocp.args.PyTreeSave(leaves))
+        _save_checkpoint((folder / str(number)).absolute(), leaves)
 
 
 def load_tensors(folder: Path, specs: tuple[TensorSpec, ...]) -> Iterator[tuple[Piece, np.ndarray]]:
@@ -120,6 +118,16 @@ def byte_ranges(folder: Path, specs: tuple[TensorSpec, ...], name: str) -> list[
                 length = array.shape[0] * array.row_bytes
                 ranges.append(ByteRange(file=array.file, offset=int(array.row_offsets[0]), length=length, target=target))
     return ranges
+
+
+def _save_checkpoint(path: Path, leaves: dict[str, np.ndarray]) -> None:
+    import orbax.checkpoint as ocp
+
+    try:
+        with _checkpointer() as checkpointer:
+            checkpointer.save(path, args=ocp.args.PyTreeSave(leaves))
+    except Exception as error:  # orbax and tensorstore raise many types; the cause stays attached
+        raise RunError(f"{path}: this Orbax checkpoint cannot be written: {str(error).splitlines()[0]}") from error
 
 
 def _checkpointer():

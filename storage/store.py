@@ -101,10 +101,12 @@ def open_store(path: Path) -> Store:
             config=ModelConfig.from_json(attributes["config"]),
             dtype=_known_dtype(attributes["dtype"]),
             source=str(attributes["source"]),
-            predictors=dict(attributes.get("predictors", {})),
+            predictors={str(name): dict(description) for name, description in attributes.get("predictors", {}).items()},
         )
     except KeyError as error:
         raise InflashError(f"{path}/zarr.json: the attribute {error} is missing; convert the model again") from error
+    except (TypeError, ValueError, AttributeError) as error:
+        raise InflashError(f"{path}/zarr.json: an attribute is damaged ({error}); convert the model again") from error
 
 
 class StoreWriter:

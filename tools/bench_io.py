@@ -62,7 +62,9 @@ def _measure(store: Store, arguments: argparse.Namespace) -> int:
     threads = arguments.loaders * arguments.loader_threads
     shard = open_raw_array(store.path / bundles_path(0))
     seconds = arguments.seconds / ROUNDS
-    methods: dict[str, Callable[[float], float]] = {"preadv loop": lambda s: _plain_loop(shard.file, shard.row_offsets, shard.row_bytes, threads, s)}
+    methods: dict[str, Callable[[float], float]] = {
+        "preadv loop": lambda s: _plain_loop(shard.file, shard.row_offsets, shard.row_bytes, threads, s)
+    }
     if shutil.which("fio"):
         methods["fio psync"] = lambda s: _fio(shard.file, shard.row_bytes, threads, s)
     with _Loaders(store, arguments.loaders, arguments.loader_threads) as loaders:
@@ -74,8 +76,12 @@ def _measure(store: Store, arguments: argparse.Namespace) -> int:
     rates = {name: statistics.median(values) for name, values in samples.items()}
     best = max(rates["preadv loop"], rates.get("fio psync", 0.0))
     ours = rates["inflash loaders"]
-    rows = [[name, f"{rate / 1e6:.0f}", f"{rate / shard.row_bytes:.0f}", f"{100 * rate / best:.0f}%"] for name, rate in rates.items()]
-    print(f"random reads of {shard.row_bytes} bytes, {arguments.loaders} loaders x {arguments.loader_threads} threads, {shard.file.name}")
+    rows = [
+        [name, f"{rate / 1e6:.0f}", f"{rate / shard.row_bytes:.0f}", f"{100 * rate / best:.0f}%"] for name, rate in rates.items()
+    ]
+    print(
+        f"random reads of {shard.row_bytes} bytes, {arguments.loaders} loaders x {arguments.loader_threads} threads, {shard.file.name}"
+    )
     print(table(["method", "MB/s", "reads/s", "of the best reference"], rows))
     document = {
         "bundle_bytes": shard.row_bytes,

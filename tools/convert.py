@@ -1,9 +1,8 @@
 """`inflash convert`: a checkpoint in, a store out."""
 
 import argparse
-import sys
 
-from tqdm import tqdm
+from .progress import bytes_bar
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -14,7 +13,7 @@ def run(arguments: argparse.Namespace) -> int:
     with open_source(arguments.source) as source:
         dtype = source.dtype if arguments.dtype == "auto" else arguments.dtype
         total = bytes_to_write(source, dtype)
-        with tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1024, desc="converting", file=sys.stderr) as bar:
+        with bytes_bar(total, "converting") as bar:
             store = convert(source, arguments.destination, dtype=dtype, predictor_rank=rank, progress=bar.update)
     print(f"{store.path}: {store.config.family}, {store.config.num_layers} layers, {total / 2**20:.1f} MiB in {store.dtype}")
     return 0

@@ -86,7 +86,10 @@ def _linear(x: jax.Array, parameters: Parameters, name: str) -> jax.Array:
 def _layer_norm(x: jax.Array, parameters: Parameters, name: str) -> jax.Array:
     centred = x - x.mean(-1, keepdims=True)
     variance = jnp.mean(centred**2, -1, keepdims=True)
-    return centred * jax.lax.rsqrt(variance + 1e-5) * parameters[name + ".weight"][None, None] + parameters[name + ".bias"][None, None]
+    return (
+        centred * jax.lax.rsqrt(variance + 1e-5) * parameters[name + ".weight"][None, None]
+        + parameters[name + ".bias"][None, None]
+    )
 
 
 def _attention(x: jax.Array, parameters: Parameters, prefix: str, num_heads: int) -> jax.Array:

@@ -3,15 +3,12 @@
 import argparse
 import json
 import signal
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-
-from tqdm import tqdm
 
 from ..errors import InflashError
 from ..pipeline.batch_file import BatchFile, read_batch
@@ -20,6 +17,7 @@ from ..pipeline.batch_results import ResultWriter, drop_unsuccessful, finished_i
 from ..pipeline.model_files import generation_config
 from ..storage.store import open_store
 from . import arguments as flags
+from .progress import progress_bar
 from .table import cost_table
 
 
@@ -88,13 +86,14 @@ def _answers(
             requests.append(llm.make_request(entry.custom_id, entry.prompt, entry.sampling_params, number))
         except InflashError as error:
             yield refused_line(entry.custom_id, str(error), param="prompt"), False
-    with tqdm(total=len(batch.requests), initial=len(batch.requests) - len(requests), unit="request", file=sys.stderr) as bar:
+    with progress_bar(total=len(batch.requests), initial=len(batch.requests) - len(requests), unit="request") as bar:
         tokens, began = 0, time.monotonic()
 
         def count(num_tokens: int) -> None:
-            nonlocal tokens
+            nonlocal tokens, began
+            began = began if tokens else time.monotonic()  # what came before the first token was compiling
             tokens += num_tokens
-            bar.set_postfix_str(f"{tokens / (time.monotonic() - began):.1f} tokens/s", refresh=False)
+            bar.set_postfix_str(f"{tokens / max(time.monotonic() - began, 1e-3):.1f} tokens/s", refresh=False)
             bar.update(0)
 
         for output in llm.stream(requests, count):

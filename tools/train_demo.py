@@ -78,9 +78,7 @@ def train(output: Path, config: DemoConfig, steps: int, batch: int, seed: int) -
 
     @jit
     def update(state: dict, rows: jax.Array) -> tuple[dict, jax.Array, jax.Array]:
-        gradient, (cross_entropy, active) = jax.grad(objective, has_aux=True)(
-            state["parameters"], rows, state["penalty"]
-        )
+        gradient, (cross_entropy, active) = jax.grad(objective, has_aux=True)(state["parameters"], rows, state["penalty"])
         updates, optimizer_state = optimizer.update(gradient, state["optimizer"], state["parameters"])
         progress = jnp.minimum(state["step"] / (0.5 * steps), 1.0)
         target = 0.5 * (ACTIVE_TARGET / 0.5) ** progress  # falls geometrically during the first half

@@ -2,9 +2,8 @@
 
 import argparse
 import json
-import sys
 
-from tqdm import tqdm
+from .progress import bytes_bar
 
 MOST_FAULTS = 10
 
@@ -16,7 +15,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     store = open_store(arguments.model)
     total = neuron_bytes(store.config, store.dtype)
-    with tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1024, desc="verifying", file=sys.stderr) as bar:
+    with bytes_bar(total, "verifying") as bar:
         faults = find_faults(store, most=MOST_FAULTS, progress=bar.update)
     if arguments.json:
         print(json.dumps({"path": str(store.path), "sound": not faults, "faults": faults}))

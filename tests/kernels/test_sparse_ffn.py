@@ -22,26 +22,31 @@ def normal(rng: np.random.Generator, *shape: int, dtype=np.float32) -> np.ndarra
     return rng.standard_normal(shape).astype(dtype)
 
 
-def gathered_problem(rng, batch: int, sizes, num_padded: int, count: int, dtype) -> list[np.ndarray]:
+def gathered_problem(rng, batch: int, sizes, num_padded: int, count: int, dtype) -> dict[str, np.ndarray]:
     d_model, d_ff, num_slots = sizes
     slots, ids = np.zeros((2, num_padded), np.int32)
     slots[:count] = rng.permutation(num_slots)[:count]
     ids[:count] = rng.permutation(d_ff)[:count]
-    return [
-        normal(rng, batch, d_model),
-        normal(rng, batch, d_model).astype(dtype).astype(np.float32),
-        normal(rng, num_slots, d_model, dtype=dtype),
-        normal(rng, num_slots, d_model, dtype=dtype),
-        normal(rng, d_ff),
-        rng.random((batch, d_ff)) < 0.7,
-        slots,
-        ids,
-        np.asarray(count, np.int32),
-    ]
+    return {
+        "accumulator": normal(rng, batch, d_model),
+        "x": normal(rng, batch, d_model).astype(dtype).astype(np.float32),
+        "up_slots": normal(rng, num_slots, d_model, dtype=dtype),
+        "down_slots": normal(rng, num_slots, d_model, dtype=dtype),
+        "up_bias": normal(rng, d_ff),
+        "predicted": rng.random((batch, d_ff)) < 0.7,
+        "slots": slots,
+        "neuron_ids": ids,
+        "count": np.asarray(count, np.int32),
+    }
 
 
-def on_device(arrays: list[np.ndarray]) -> list:
-    return [jnp.asarray(array) for array in arrays]
+def by_reference(problem: dict[str, np.ndarray]) -> np.ndarray:
+    return reference.gathered_ffn(**{**problem, "count": int(problem["count"])})
+
+
+def by_kernel(problem: dict[str, np.ndarray], compute_dtype) -> np.ndarray:
+    arrays = {name: jnp.asarray(array) for name, array in problem.items()}
+    return np.asarray(jit(gathered_ffn, static_argnames="compute_dtype")(**arrays, compute_dtype=compute_dtype))
 
 
 def assert_close(found, expected: np.ndarray, added: np.ndarray, dtype) -> None:
@@ -56,42 +61,40 @@ def assert_close(found, expected: np.ndarray, added: np.ndarray, dtype) -> None:
 def test_gathered_agrees_with_reference(rng, batch, sizes, dtype):
     for num_padded, count in [(24, 17), (7, 7)]:
         problem = gathered_problem(rng, batch, sizes, num_padded, count, dtype)
-        expected = reference.gathered_ffn(*problem[:8], count)
-        ffn = jit(functools.partial(gathered_ffn, compute_dtype=np.dtype(dtype)))
-        assert_close(ffn(*on_device(problem)), expected, expected - problem[0], dtype)
+        expected = by_reference(problem)
+        assert_close(by_kernel(problem, np.dtype(dtype)), expected, expected - problem["accumulator"], dtype)
 
 
 @pytest.mark.parametrize("batch", [1, 4, 10])
 @pytest.mark.parametrize("count", [0, 3])
 def test_padding_may_be_uninitialised_memory(rng, batch, count):
     problem = gathered_problem(rng, batch, SIZES[0], 16, count, BFLOAT16)
-    used = set(problem[6][:count].tolist())
-    free = next(slot for slot in range(64) if slot not in used)
-    problem[2][free] = problem[3][free] = np.nan
-    problem[6][count:], problem[7][count:] = free, rng.integers(0, 200, 16 - count)
-    expected = reference.gathered_ffn(*problem[:8], count)
-    found = jit(functools.partial(gathered_ffn, compute_dtype="bfloat16"))(*on_device(problem))
-    assert_close(found, expected, expected - problem[0], BFLOAT16)
+    slots = problem["slots"]
+    free = next(slot for slot in range(64) if slot not in slots[:count])
+    problem["up_slots"][free] = problem["down_slots"][free] = np.nan
+    slots[count:], problem["neuron_ids"][count:] = free, rng.integers(0, 200, 16 - count)
+    expected = by_reference(problem)
+    assert_close(by_kernel(problem, "bfloat16"), expected, expected - problem["accumulator"], BFLOAT16)
 
 
 @pytest.mark.parametrize("batch", [1, 4, 10])
 def test_float32_products_of_bfloat16_slots(rng, batch):
     problem = gathered_problem(rng, batch, SIZES[0], 32, 30, BFLOAT16)
-    problem[1] = normal(rng, *problem[1].shape)  # not representable in bfloat16
-    expected = reference.gathered_ffn(*problem[:8], 30)
-    found = jit(functools.partial(gathered_ffn, compute_dtype="float32"))(*on_device(problem))
-    assert_close(found, expected, expected - problem[0], np.float32)
+    problem["x"] = normal(rng, batch, 96)  # not representable in bfloat16
+    expected = by_reference(problem)
+    assert_close(by_kernel(problem, "float32"), expected, expected - problem["accumulator"], np.float32)
 
 
 @pytest.mark.parametrize("batch", [1, 4, 10])
 def test_neurons_add_up_whatever_the_split(rng, batch):
-    problem = gathered_problem(rng, batch, SIZES[2], 256, 256, np.float32)
-    ffn = jit(functools.partial(gathered_ffn, compute_dtype="float32"))
-    whole = np.asarray(ffn(*on_device(problem)))
-    x, slots, ids = problem[1:6], problem[6], problem[7]
-    first = ffn(problem[0], *x, slots, ids, np.int32(100))
-    rest = ffn(first, *x, np.roll(slots, -100), np.roll(ids, -100), np.int32(156))
-    assert_close(rest, whole, whole, np.float32)
+    """Also across the passes that a long gather is split into."""
+    problem = gathered_problem(rng, batch, (256, 8192, 6000), 5000, 5000, np.float32)
+    whole = by_kernel(problem, "float32")
+    turned = {name: np.roll(problem[name], -2000) for name in ("slots", "neuron_ids")}
+    first = by_kernel({**problem, "count": np.asarray(2000, np.int32)}, "float32")
+    rest = by_kernel({**problem, **turned, "accumulator": first, "count": np.asarray(3000, np.int32)}, "float32")
+    assert_close(rest, whole, whole - problem["accumulator"], np.float32)
+    assert_close(whole, by_reference(problem), whole - problem["accumulator"], np.float32)
 
 
 @pytest.mark.parametrize("num_tokens", [1, 4, 70])

@@ -56,17 +56,17 @@ def refuses_direct(store: Store) -> bool:
         file.close()
 
 
+@pytest.fixture(scope="module", params=SHAPES, ids=lambda shape: "-".join(map(str, shape)))
+def neurons(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Store, list[np.ndarray]]:
+    dtype, d_model, d_ff = request.param
+    return write_neurons(tmp_path_factory.mktemp("neurons") / "store", dtype=dtype, d_model=d_model, d_ff=d_ff)
+
+
 class BundleReaderContract:
     """What every reader does. A subclass says how to make one."""
 
     def open(self, store: Store, layer: int) -> BundleReader:
         raise NotImplementedError
-
-    @pytest.fixture(scope="class", params=SHAPES, ids=lambda shape: "-".join(map(str, shape)))
-    def neurons(self, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Store, list[np.ndarray]]:
-        dtype, d_model, d_ff = request.param
-        folder = tmp_path_factory.mktemp("neurons")
-        return write_neurons(folder / "store", dtype=dtype, d_model=d_model, d_ff=d_ff)
 
     @pytest.fixture(params=[0, 1])
     def layer(self, request: pytest.FixtureRequest) -> int:
