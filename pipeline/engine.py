@@ -19,7 +19,15 @@ from ..kernels.compilation import jit
 from ..kernels.decoder_layer import LayerShape, after_ffn, attention_chunk, attention_decode
 from ..storage.readers import DirectReader
 from ..storage.store import Store
-from .feed_forward import CachedFeedForward, FeedForward, ResidentFeedForward, StreamedFeedForward, Tile
+from .feed_forward import (
+    STREAM_BLOCK_BYTES,
+    STREAM_BUFFERS,
+    CachedFeedForward,
+    FeedForward,
+    ResidentFeedForward,
+    StreamedFeedForward,
+    Tile,
+)
 from .host_memory import ENGINE_BYTES, LOADER_BYTES, check_fits
 from .loader_pool import LoaderPool
 from .matrix_source import STREAMED_NAMES, MatrixSource, ResidentMatrices, StreamedMatrices
@@ -79,7 +87,7 @@ class Engine:
         self.predictor_name = choose_predictor(store, options.predictor) if options.ffn == "sparse" else None
         skip = STREAMED_NAMES if options.ffn == "naive" else frozenset()
         self._check_memory(skip)
-        self._weights = load_weights(store, self._compute, skip)
+        self._weights = load_weights(store, self._compute, skip, verify=options.verify)
         self._open()
 
     def _check_memory(self, skip: frozenset[str]) -> None:
@@ -89,10 +97,18 @@ class Engine:
         self._memory_parts = {
             "attention and embeddings": loaded_bytes(self.store, self._compute, skip),
             "neurons": slots * bundles.bundle_bytes * config.num_layers,
+            "buffers": self._buffer_bytes(),
             "predictor": predictor_bytes(self.store, self.predictor_name or "none", self._compute),
             "program": ENGINE_BYTES + options.loaders * LOADER_BYTES,
         }
         check_fits(self._memory_parts, advice)
+
+    def _buffer_bytes(self) -> int:
+        """What weights stream through: blocks of neurons but in resident mode, and two layers' attention in naive mode."""
+        config, bundles = self.config, self.store.bundles
+        blocks = 0 if self.options.ffn == "resident" else STREAM_BUFFERS * min(STREAM_BLOCK_BYTES, bundles.layer_bytes)
+        attention = 2 * 4 * config.d_model * bundles.row_bytes if self.options.ffn == "naive" else 0
+        return blocks + attention
 
     def _open(self) -> None:
         options, plan = self.options, SlabPlan()

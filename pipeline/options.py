@@ -27,7 +27,7 @@ class EngineOptions:
       loaders: loader processes.
       loader_threads: reading threads in each loader.
       seed: base of the seeds of requests that bring none.
-      verify: check every neuron that is read against its checksum.
+      verify: check every weight that is read against its checksum.
     """
 
     ffn: str = "sparse"

@@ -27,7 +27,7 @@ def compute_dtype(requested: str, stored: str) -> np.dtype:
     return COMPUTE_DTYPES[requested]
 
 
-def cpu_device() -> jax.Device:
+def cpu_device():
     return jax.devices("cpu")[0]
 
 
@@ -98,12 +98,14 @@ class ModelWeights:
         return sum(array.nbytes for group in groups for array in group.values()) + sum(b.nbytes for b in self.up_bias)
 
 
-def load_weights(store: Store, dtype: np.dtype, skip: frozenset[str] = frozenset()) -> ModelWeights:
-    """Loads everything resident but the tensors named in `skip`; matrices become `dtype`."""
-    embeddings = {name: alias(tensor) for name, tensor in gather_pieces(store.load_resident(None), dtype, skip).items()}
+def load_weights(store: Store, dtype: np.dtype, skip: frozenset[str] = frozenset(), *, verify: bool = False) -> ModelWeights:
+    """Loads everything resident but the tensors named in `skip`; matrices become `dtype`. Checksums are compared if asked for."""
+    embeddings = {
+        name: alias(tensor) for name, tensor in gather_pieces(store.load_resident(None, verify=verify), dtype, skip).items()
+    }
     layers, up_bias = [], []
     for layer in range(store.config.num_layers):
-        tensors = gather_pieces(store.load_resident(layer), dtype, skip)
+        tensors = gather_pieces(store.load_resident(layer, verify=verify), dtype, skip)
         up_bias.append(np.ascontiguousarray(tensors.pop("up_bias")[store.neuron_order(layer)]))
         layers.append({name: alias(tensor) for name, tensor in tensors.items()})
     return ModelWeights(embeddings=embeddings, layers=layers, up_bias=up_bias)

@@ -32,7 +32,7 @@ from .verify import find_faults
 BLOCK_BYTES = 32 << 20
 PREDICTOR_NAME = "svd"
 
-Progress = Callable[[int], None]
+Progress = Callable[[int], object]
 """Told of every stretch of bytes written."""
 
 

@@ -1,9 +1,11 @@
 """What stays in memory (attention, embeddings, norms, biases) and predictors: Orbax checkpoints of NumPy leaves.
 
 Orbax holds a second copy of what it is writing, so a group of tensors is cut into pieces of at most 256 MiB, each a checkpoint of
-its own. The leaves are uncompressed Zarr arrays: the naive mode streams them by byte range, at the disk's rate.
+its own. The leaves are uncompressed Zarr arrays: the naive mode streams them by byte range, at the disk's rate. `checksums.json` beside
+the pieces holds the CRC32C of every leaf.
 """
 
+import json
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -16,6 +18,7 @@ from .layout import TensorSpec, dtype_of
 from .shard_index import open_raw_array
 
 PIECE_BYTES = 256 << 20
+CHECKSUMS_FILE = "checksums.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +65,7 @@ def save_tensors(folder: Path, specs: tuple[TensorSpec, ...], tensor: Callable[[
       RunError: the disk is full, or refuses to be written.
     """
     held: tuple[str, np.ndarray] | None = None
+    checksums = {}
     for number, checkpoint in enumerate(pieces(specs)):
         leaves = {}
         for piece in checkpoint:
@@ -73,12 +77,18 @@ def save_tensors(folder: Path, specs: tuple[TensorSpec, ...], tensor: Callable[[
         _save_checkpoint((folder / str(number)).absolute(), leaves)
 
 
-def load_tensors(folder: Path, specs: tuple[TensorSpec, ...]) -> Iterator[tuple[Piece, np.ndarray]]:
+def load_tensors(folder: Path, specs: tuple[TensorSpec, ...], *, verify: bool = False) -> Iterator[tuple[Piece, np.ndarray]]:
     """Yields every piece of the group `folder` with its rows, a checkpoint at a time.
 
+    Args:
+      folder: what `save_tensors` wrote.
+      specs: the group's tensors.
+      verify: compare every piece with its checksum.
+
     Raises:
-      InflashError: the group is missing, cannot be read, or contradicts its specs.
+      InflashError: the group is missing, cannot be read, contradicts its specs, or is damaged and `verify` is set.
     """
+    checksums = _read_checksums(folder) if verify else {}
     for number, checkpoint in enumerate(pieces(specs)):
         path = folder / str(number)
         if not path.is_dir():
@@ -87,12 +97,18 @@ def load_tensors(folder: Path, specs: tuple[TensorSpec, ...]) -> Iterator[tuple[
             with _checkpointer() as checkpointer:
                 leaves = checkpointer.restore(path.absolute())
         except Exception as error:  # orbax and tensorstore raise many types; the cause stays attached
-            raise InflashError(f"{path}: this Orbax checkpoint cannot be read: {str(error).splitlines()[0]}") from error
+            raise InflashError(f"{path}: this Orbax checkpoint cannot be read: {_first_line(error)}") from error
         for piece in checkpoint:
             leaf = np.asarray(leaves.get(piece.spec.name))
             if leaf.shape != piece.shape or leaf.dtype != dtype_of(piece.spec.dtype):
                 raise InflashError(
                     f"{path}: {piece.spec.name}: expected {piece.spec.dtype} {piece.shape}, found {leaf.dtype} {leaf.shape}"
+                )
+            name = f"{number}/{piece.spec.name}"
+            if verify and checksums.get(name) != (found := _checksum(leaf)):
+                raise InflashError(
+                    f"{folder / name}: expected checksum {checksums.get(name)}, found {found}; "
+                    "the store is damaged, convert the model again"
                 )
             yield piece, leaf
 
@@ -127,7 +143,25 @@ def _save_checkpoint(path: Path, leaves: dict[str, np.ndarray]) -> None:
         with _checkpointer() as checkpointer:
             checkpointer.save(path, args=ocp.args.PyTreeSave(leaves))
     except Exception as error:  # orbax and tensorstore raise many types; the cause stays attached
-        raise RunError(f"{path}: this Orbax checkpoint cannot be written: {str(error).splitlines()[0]}") from error
+        raise RunError(f"{path}: this Orbax checkpoint cannot be written: {_first_line(error)}") from error
+
+
+def _checksum(leaf: np.ndarray) -> str:
+    """CRC32C in hexadecimal of a leaf's bytes."""
+    return f"{crc32c(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8)):08x}"
+
+
+def _read_checksums(folder: Path) -> dict[str, str]:
+    path = folder / CHECKSUMS_FILE
+    try:
+        document = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise InflashError(f"{path}: the checksums of this group cannot be read: {error}; convert the model again") from error
+    return document if isinstance(document, dict) else {}
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
 
 
 def _checkpointer():

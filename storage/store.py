@@ -58,9 +58,9 @@ class Store:
     def resident_folder(self, layer: int | None) -> Path:
         return self.path / RESIDENT_FOLDER / resident_name(layer)
 
-    def load_resident(self, layer: int | None) -> Iterator[tuple[Piece, np.ndarray]]:
-        """The resident tensors of a layer (None: the embeddings), piece by piece."""
-        return load_tensors(self.resident_folder(layer), resident_specs(self.config, layer, self.dtype))
+    def load_resident(self, layer: int | None, *, verify: bool = False) -> Iterator[tuple[Piece, np.ndarray]]:
+        """The resident tensors of a layer (None: the embeddings), piece by piece, compared with their checksums if asked for."""
+        return load_tensors(self.resident_folder(layer), resident_specs(self.config, layer, self.dtype), verify=verify)
 
     def predictor_folder(self, name: str, layer: int) -> Path:
         return self.path / PREDICTORS_FOLDER / name / resident_name(layer)

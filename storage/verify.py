@@ -1,4 +1,4 @@
-"""Is a store what its metadata says? Every bundle against its checksum, every array against the layout."""
+"""Is a store what its metadata says? Every bundle and tensor against its checksum, every array against the layout."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +13,7 @@ from .shard_index import RawArray, open_raw_array
 from .store import Store
 
 
-def find_faults(store: Store, *, most: int = 10, progress: Callable[[int], None] = lambda num_bytes: None) -> list[str]:
+def find_faults(store: Store, *, most: int = 10, progress: Callable[[int], object] = lambda num_bytes: None) -> list[str]:
     """The first `most` faults, one sentence each; empty when the store is sound.
 
     Args:
@@ -66,14 +66,14 @@ def _order_faults(store: Store, layer: int) -> list[str]:
 
 
 def _resident_faults(store: Store, layer: int | None) -> list[str]:
-    for _ in store.load_resident(layer):
-        pass  # loading checks shapes and dtypes
+    for _ in store.load_resident(layer, verify=True):
+        pass  # loading checks shapes, dtypes and checksums
     return []
 
 
 def _predictor_faults(store: Store, layer: int, name: str, rank: int) -> list[str]:
     specs = predictor_specs(store.config.d_model, store.config.d_ff, rank, store.dtype)
-    for _ in load_tensors(store.predictor_folder(name, layer), specs):
+    for _ in load_tensors(store.predictor_folder(name, layer), specs, verify=True):
         pass
     return []
 

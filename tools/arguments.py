@@ -89,7 +89,7 @@ ENGINE_FLAGS: dict[str, dict[str, Any]] = {
     },
     "verify": {
         "action": "store_true",
-        "help": "check every neuron that is read against its checksum; slower",
+        "help": "check every weight that is read against its checksum; slower",
     },
 }
 

@@ -57,7 +57,7 @@ memory whatever the model's size, and as much free space as the checkpoint takes
     ),
     "verify": Command(
         module="verify",
-        summary="check every byte of a store against its checksums",
+        summary="check every weight of a store against its checksum",
         add_arguments=flags.add_info,
         details="Ends with 1 when something is wrong, naming the layers and neurons.\n\n  inflash verify ./opt-6.7b.inflash\n",
     ),

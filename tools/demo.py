@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import InflashError
-from .table import cost_table, table
+from .table import table
 
 EMBEDDED = Path(__file__).parent / "embedded"
 CACHE_SHARE = 0.5

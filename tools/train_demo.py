@@ -37,7 +37,7 @@ def encode(tokenizer: Tokenizer, held_out: bool, cache: Path) -> np.ndarray:
     """All the texts as one stream of token ids, uint16, each text ended by `</s>`; kept in `cache`."""
     if not cache.exists():
         end = tokenizer.token_to_id(EOS)
-        ids = [encoding.ids[1:] + [end] for encoding in tokenizer.encode_batch(list(texts(held_out)))]
+        ids = [[*encoding.ids[1:], end] for encoding in tokenizer.encode_batch(list(texts(held_out)))]
         np.save(cache, np.concatenate([np.asarray(i, np.uint16) for i in ids]))
     return np.load(cache)
 

@@ -1,4 +1,4 @@
-"""`inflash verify`: every byte of a store against its checksums."""
+"""`inflash verify`: every weight of a store against its checksum."""
 
 import argparse
 import json

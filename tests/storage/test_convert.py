@@ -17,7 +17,7 @@ from tiny_models import BUFFERED, convert_quietly, fresh_seed, make_store
 from inflash.errors import InflashError
 from inflash.storage import convert as convert_module
 from inflash.storage.checkpoint import open_source
-from inflash.storage.convert import bytes_to_write, cast_weights, convert
+from inflash.storage.convert import bytes_to_write, cast_weights
 from inflash.storage.layout import DTYPES, bundles_path, predictor_specs, resident_layers
 from inflash.storage.readers import ZarrReader
 from inflash.storage.resident import load_tensors

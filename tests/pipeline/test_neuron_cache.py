@@ -1,0 +1,164 @@
+"""Both policies against a model in plain Python, which keeps lists and knows nothing of slots, logs or stamps."""
+
+import time
+
+import numpy as np
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from inflash.errors import InflashError
+from inflash.pipeline.neuron_cache import LeastRecentlyUsed, NeuronCache, SlidingWindow, make_cache
+
+
+class CacheModel:
+    """What is kept, oldest first: neurons by the call that last touched them, within a call by their number."""
+
+    def __init__(self, num_slots: int, window: int | None) -> None:
+        self.num_slots, self.window = num_slots, window
+        self.kept: list[int] = []
+        self.token_of: dict[int, int] = {}
+        self.token = 0
+
+    def begin_token(self) -> None:
+        self.token += 1
+        if self.window is not None:
+            self.kept = [neuron for neuron in self.kept if self.token_of[neuron] >= self.token - self.window]
+
+    def place(self, neuron_ids: list[int]) -> tuple[list[int], list[int]]:
+        """Hits and misses."""
+        hits = [neuron for neuron in neuron_ids if neuron in self.kept]
+        misses = [neuron for neuron in neuron_ids if neuron not in self.kept]
+        others = [neuron for neuron in self.kept if neuron not in neuron_ids]
+        too_many = max(0, len(others) + len(neuron_ids) - self.num_slots)
+        self.kept = others[too_many:] + neuron_ids
+        self.token_of |= dict.fromkeys(neuron_ids, self.token)
+        return hits, misses
+
+
+class NeuronCacheMachine(RuleBasedStateMachine):
+    """Any sequence of tokens, each with one or several calls."""
+
+    cache: NeuronCache
+
+    @initialize(
+        num_neurons=st.integers(1, 40), share=st.floats(0, 1), window=st.one_of(st.none(), st.integers(1, 5)), data=st.data()
+    )
+    def make(self, num_neurons: int, share: float, window: int | None, data: st.DataObject) -> None:
+        self.num_neurons = num_neurons
+        self.num_slots = max(1, round(share * num_neurons))
+        self.cache = make_cache(num_neurons, self.num_slots, "lru" if window is None else "window", window)
+        self.model = CacheModel(self.num_slots, window)
+        self.slot_of: dict[int, int] = {}
+        self.begun = False
+
+    @rule()
+    def begin_token(self) -> None:
+        self.cache.begin_token()
+        self.model.begin_token()
+        self.begun = True
+
+    @precondition(lambda self: self.begun)
+    @rule(data=st.data())
+    def place(self, data: st.DataObject) -> None:
+        neurons = st.integers(0, self.num_neurons - 1)
+        neuron_ids = sorted(data.draw(st.sets(neurons, max_size=self.num_slots)))
+        placement = self.cache.place(np.asarray(neuron_ids, np.int32))
+        hits, misses = self.model.place(neuron_ids)
+        assert placement.hit_ids.tolist() == hits
+        assert placement.miss_ids.tolist() == misses
+        assert placement.hit_slots.tolist() == [self.slot_of[neuron] for neuron in hits]
+        assert all(array.dtype == np.int32 for array in (placement.hit_ids, placement.hit_slots, placement.miss_slots))
+        self.slot_of = {neuron: slot for neuron, slot in self.slot_of.items() if neuron in self.model.kept}
+        self.slot_of |= dict(zip(misses, placement.miss_slots.tolist(), strict=True))
+
+    @precondition(lambda self: self.begun)
+    @rule()
+    def place_too_many(self) -> None:
+        if self.num_slots < self.num_neurons:
+            with pytest.raises(InflashError, match=rf"{self.num_neurons} neurons asked for at once, found {self.num_slots} slots"):
+                self.cache.place(np.arange(self.num_neurons, dtype=np.int32))
+
+    @invariant()
+    def keeps_what_the_model_keeps(self) -> None:
+        if self.begun:
+            assert self.cache.resident().tolist() == sorted(self.model.kept)
+
+    @invariant()
+    def no_slot_is_used_twice(self) -> None:
+        if self.begun:
+            used = [self.slot_of[neuron] for neuron in self.model.kept]
+            assert len(set(used)) == len(used)
+            assert all(0 <= slot < self.num_slots for slot in used)
+
+    @invariant()
+    def the_log_does_not_grow(self) -> None:
+        if self.begun:
+            assert isinstance(self.cache, LeastRecentlyUsed)
+            assert self.cache._log.shape == (4 * self.num_slots + 64, 2)
+            assert 0 <= self.cache._head <= self.cache._tail <= len(self.cache._log)
+
+
+TestNeuronCache = NeuronCacheMachine.TestCase
+TestNeuronCache.settings = settings(max_examples=150, stateful_step_count=40)
+
+
+@pytest.mark.parametrize("window", [None, 1, 4])
+def test_long_runs_agree_with_the_model(window: int | None) -> None:
+    """Longer than the log, with neurons that come back as they do in a model: many times its length in touches."""
+    rng = np.random.default_rng()
+    num_neurons, num_slots = 300, 90
+    cache = make_cache(num_neurons, num_slots, "lru" if window is None else "window", window)
+    model = CacheModel(num_slots, window)
+    often = rng.permutation(num_neurons)
+    for _ in range(600):
+        cache.begin_token()
+        model.begin_token()
+        ids = np.unique(often[rng.geometric(0.02, rng.integers(0, 60)) % num_neurons]).astype(np.int32)
+        placement = cache.place(ids)
+        hits, misses = model.place(ids.tolist())
+        assert placement.hit_ids.tolist() == hits
+        assert placement.miss_ids.tolist() == misses
+    assert cache.resident().tolist() == sorted(model.kept)
+
+
+def test_the_window_is_counted_in_tokens() -> None:
+    """The paper's example: what was active in the last k tokens is there, what was before is not."""
+    cache = SlidingWindow(10, 10, window=2)
+    seen = []
+    for token in range(5):
+        cache.begin_token()
+        seen.append(cache.resident().tolist())
+        cache.place(np.asarray([token, 9], np.int32))
+    assert seen == [[], [0, 9], [0, 1, 9], [1, 2, 9], [2, 3, 9]]
+
+
+def test_policies_by_name() -> None:
+    assert type(make_cache(4, 2, "lru", None)) is LeastRecentlyUsed
+    assert type(make_cache(4, 2, "window", 3)) is SlidingWindow
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_a_token_costs_what_changes_not_what_is_kept(window: int | None) -> None:
+    """Eight million bytes of stamps are not walked for sixteen neurons."""
+    num_slots = 1 << 20
+    cache = make_cache(num_slots, num_slots, "lru" if window is None else "window", window)
+    cache.begin_token()
+    cache.place(np.arange(num_slots, dtype=np.int32))
+    rng = np.random.default_rng()
+
+    def seconds(action) -> float:
+        took = []
+        for _ in range(30):
+            began = time.perf_counter()
+            action()
+            took.append(time.perf_counter() - began)
+        return float(np.median(took))
+
+    def token() -> None:
+        cache.begin_token()
+        cache.place(np.unique(rng.integers(0, num_slots, 16)).astype(np.int32))
+
+    stamps = np.zeros(num_slots, np.int64)
+    assert seconds(token) < seconds(lambda: np.flatnonzero(stamps == 1)) / 2

@@ -1,0 +1,84 @@
+import os
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from inflash.errors import RunError
+from inflash.pipeline.slab import ALIGNMENT, Slab, SlabPlan
+from inflash.pipeline.weights import alias
+
+
+@given(sizes=st.lists(st.integers(0, 20000), min_size=1, max_size=20))
+def test_regions_are_aligned_and_apart(sizes: list[int]) -> None:
+    plan = SlabPlan()
+    offsets = [plan.reserve(size) for size in sizes]
+    ends = [offset + size for offset, size in zip(offsets, sizes, strict=True)]
+    assert all(offset % ALIGNMENT == 0 for offset in offsets)
+    assert all(end <= offset for end, offset in zip(ends, offsets[1:], strict=False))
+    assert ends[-1] <= plan.num_bytes < ends[-1] + ALIGNMENT
+
+
+def test_two_mappings_see_the_same_bytes() -> None:
+    """The second one is a loader's."""
+    slab = Slab(3 * ALIGNMENT)
+    assert slab.descriptor is not None
+    other = Slab(3 * ALIGNMENT, os.dup(slab.descriptor))
+    values = np.random.default_rng().standard_normal((5, 7)).astype(np.float32)
+    slab.array(ALIGNMENT, (5, 7), np.float32)[:] = values
+    np.testing.assert_array_equal(other.array(ALIGNMENT, (5, 7), np.float32), values)
+    assert not other.array(0, (ALIGNMENT,), np.uint8).any()
+    slab.close()
+    other.close()
+
+
+def test_jax_uses_the_memory_in_place() -> None:
+    slab = Slab(ALIGNMENT)
+    view = slab.array(0, (8, 16), np.float32)
+    array = alias(view)
+    view[3] = 7
+    np.testing.assert_array_equal(jax.device_get(array)[3], np.full(16, 7, np.float32))
+    slab.close()
+
+
+def test_memory_that_jax_cannot_use_in_place_is_refused() -> None:
+    slab = Slab(ALIGNMENT)
+    with pytest.raises(RunError, match=r"JAX copied shared memory of shape \(8,\)"):
+        alias(slab.array(4, (8,), np.float32))
+    slab.close()
+
+
+def test_a_region_past_the_end_is_refused() -> None:
+    slab = Slab(ALIGNMENT)
+    slab.array(ALIGNMENT - 8, (2,), np.float32)
+    with pytest.raises(RunError, match="a region of 12 bytes at 4088 ends past the slab's 4096 bytes"):
+        slab.array(ALIGNMENT - 8, (3,), np.float32)
+    slab.close()
+
+
+def test_more_memory_than_there_can_be_is_refused() -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises((RunError, OSError)):
+        Slab(1 << 60)
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_closing_twice_gives_the_descriptor_back_once() -> None:
+    before = sorted(os.listdir("/proc/self/fd"))
+    slab = Slab(ALIGNMENT)
+    view = slab.array(0, (4,), np.uint8)
+    slab.close()
+    slab.close()
+    assert sorted(os.listdir("/proc/self/fd")) == before
+    view[:] = 3  # views live on
+    assert view.tolist() == [3, 3, 3, 3]
+
+
+def test_it_has_no_name_in_the_file_system() -> None:
+    slab = Slab(ALIGNMENT)
+    assert slab.descriptor is not None
+    assert Path(os.readlink(f"/proc/self/fd/{slab.descriptor}")).name == "memfd:inflash-slab (deleted)"
+    slab.close()
