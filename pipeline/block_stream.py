@@ -28,12 +28,14 @@ class BlockStream:
         num_buffers: int,
         cyclic: bool,
     ) -> None:
-        """Args:
-        pool: the loaders.
-        load: asks for item i into buffer b.
-        num_items: how many items there are.
-        num_buffers: at least 2; one less than this is read ahead.
-        cyclic: after the last item the first is read ahead, as when every token streams the whole model.
+        """Reads nothing yet.
+
+        Args:
+          pool: the loaders.
+          load: asks for item i into buffer b.
+          num_items: how many items there are.
+          num_buffers: at least 2; one less than this is read ahead.
+          cyclic: after the last item the first is read ahead, as when every token streams the whole model.
         """
         self._pool, self._load = pool, load
         self._num_items, self._cyclic = num_items, cyclic

@@ -118,16 +118,20 @@ class Engine:
         self._prompt_ffn, self._decode_ffn = self._make_feed_forward(plan)
         probe = NeuronRows(plan, self.store.bundles, 1)
         self._slab = Slab(plan.num_bytes)
-        with DirectReader(self.store.path, 0) as reader:
-            probe.probe(self._slab, reader)  # warns here, once, rather than in every loader
-        self._pool = LoaderPool(
-            self.store,
-            self._slab,
-            regions,
-            threads=options.loader_threads,
-            files=naive.files if naive else (),
-            verify=options.verify,
-        )
+        try:
+            with DirectReader(self.store.path, 0) as reader:
+                probe.probe(self._slab, reader)  # warns here, once, rather than in every loader
+            self._pool = LoaderPool(
+                self.store,
+                self._slab,
+                regions,
+                threads=options.loader_threads,
+                files=naive.files if naive else (),
+                verify=options.verify,
+            )
+        except BaseException:
+            self._slab.close()
+            raise
         try:
             for part in {id(part): part for part in (naive, self._prompt_ffn, self._decode_ffn) if part}.values():
                 part.bind(self._slab, self._pool)
@@ -172,7 +176,7 @@ class Engine:
         capacity = next(size for size in _powers(_SMALLEST_CAPACITY) if size >= max_length)
         if num_seqs == self.num_seqs and capacity <= self.capacity:
             return
-        self._keys, self._values = [], []
+        self._keys, self._values, self.num_seqs, self.capacity = [], [], 0, 0  # should what follows be refused
         shape = (num_seqs, self.config.num_heads, capacity, self.config.head_dim)
         kv_bytes = 2 * self.config.num_layers * int(np.prod(shape)) * 4
         check_fits({f"KV cache of {num_seqs} x {capacity} tokens": kv_bytes}, "use a smaller --max-num-seqs or --max-model-len")
@@ -301,7 +305,7 @@ class Engine:
         x = zeros((self.num_seqs, self.config.d_model))
         for bound in bounds(self.capacity):
             # The last position below the bound: no token that is there yet can see it.
-            residual, ffn_in, self._keys[0], self._values[0] = _attention_decode(
+            _, _, self._keys[0], self._values[0] = _attention_decode(
                 x, weights, self._keys[0], self._values[0], nothing + bound - 1, self._shape, num_positions=bound
             )
         self._after(0, x)

@@ -234,7 +234,7 @@ class CachedFeedForward:
         )
 
     def warm_up(self, tile: Tile) -> None:
-        predicted, needed = _needed(self.predictor.predict(0, tile.ffn_in), tile.active)
+        predicted, _ = _needed(self.predictor.predict(0, tile.ffn_in), tile.active)
         for size in bucket_sizes(self._num_slots):
             nothing = np.zeros(size, np.int32)
             self._gather(0, nothing, nothing, tile.residual, tile.ffn_in, predicted)

@@ -18,6 +18,7 @@ import traceback
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -163,7 +164,7 @@ class Loader:
         bounds = np.linspace(0, count, pieces + 1).astype(int).tolist()
         return [
             lambda first=first, last=last: reader.read(positions[first:last], slots[first:last], parts)
-            for first, last in zip(bounds[:-1], bounds[1:], strict=True)
+            for first, last in pairwise(bounds)
         ]
 
     def _split_bytes(self, source: int, start: int, count: int, target: int) -> list[Callable[[], ReadCount]]:

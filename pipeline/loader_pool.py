@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Self
 
@@ -208,10 +209,7 @@ class LoaderPool:
         shares = min(len(self._peers), most, count)
         bounds = np.linspace(0, count, shares + 1).astype(int).tolist()
         self._turn += 1
-        return [
-            ((self._turn + number) % len(self._peers), first, last)
-            for number, (first, last) in enumerate(zip(bounds[:-1], bounds[1:], strict=True))
-        ]
+        return [((self._turn + number) % len(self._peers), first, last) for number, (first, last) in enumerate(pairwise(bounds))]
 
     def _submit(
         self, number: int, kind: int, source: int, start: int, count: int, slot: int, parts: Sequence[int]

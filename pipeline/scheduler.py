@@ -102,8 +102,8 @@ class Scheduler:
             if continuation is None or continuation.finish_reason is None:
                 continue
             slots[row] = None
-            state = progress[continuation.request.number]
-            if state.finished:
+            state = progress.get(continuation.request.number)
+            if state is not None and state.finished:  # None: another continuation of it ended in this step, too
                 state.mark("finished_time")
                 del progress[continuation.request.number]
                 yield state.output()

@@ -33,15 +33,16 @@ class Slab:
 
     def __init__(self, num_bytes: int, descriptor: int | None = None) -> None:
         self.num_bytes = num_bytes
-        if descriptor is None:
-            descriptor = os.memfd_create("inflash-slab")
-            try:
+        made = descriptor is None
+        descriptor = os.memfd_create("inflash-slab") if descriptor is None else descriptor
+        try:
+            if made:
                 os.ftruncate(descriptor, num_bytes)
-            except OSError as error:
-                os.close(descriptor)
-                raise RunError(f"shared memory: {num_bytes} bytes cannot be had: {error.strerror}") from error
+            self._bytes = np.frombuffer(mmap.mmap(descriptor, num_bytes), np.uint8)
+        except OSError as error:
+            os.close(descriptor)
+            raise RunError(f"shared memory: {num_bytes} bytes cannot be had: {error.strerror}") from error
         self.descriptor: int | None = descriptor
-        self._bytes = np.frombuffer(mmap.mmap(descriptor, num_bytes), np.uint8)
 
     def array(self, offset: int, shape: Sequence[int], dtype: np.dtype | type) -> np.ndarray:
         """A writable view of `shape` at `offset` bytes."""

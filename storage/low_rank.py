@@ -19,6 +19,7 @@ RowBlocks = Callable[[], Iterator[np.ndarray]]
 
 WANTED_RECALL = 0.99
 _OVERSAMPLE = 10
+_POWER_ITERATIONS = 2  # one instead of two named 2.5 % more neurons on a planted matrix
 _NUM_INPUTS = 256
 
 
@@ -49,7 +50,7 @@ def low_rank_predictor(
 ) -> LowRankPredictor:
     """Approximates the up projection, weighted by how large each input is, and calibrates the threshold.
 
-    The weights are read four times and never all held in float32.
+    The weights are read a few times and never all held in float32.
     """
     rng = np.random.default_rng(seed)
     d_model = len(norm_scale)
@@ -75,15 +76,20 @@ def _truncated_svd(
     """`second` [F, R] and `first` [R, D] with second @ first close to the matrix W, errors counted as (W - approximation) * weight."""
     width = min(rank + _OVERSAMPLE, len(weight))
     basis = rng.standard_normal((len(weight), width), np.float32)
-    for _ in range(2):  # two power iterations: the spectrum of these matrices falls slowly
-        sketch = _times(up_blocks, weight[:, None] * basis)
-        left, _ = np.linalg.qr(sketch)
+    for _ in range(_POWER_ITERATIONS):
+        left = _orthonormal(_times(up_blocks, weight[:, None] * basis))
         basis, _ = np.linalg.qr(weight[:, None] * _transposed_times(up_blocks, left))
     product = _times(up_blocks, weight[:, None] * basis)  # [F, width]
-    left, values, right = np.linalg.svd(product, full_matrices=False)
-    second = left[:, :rank] * values[:rank]
-    first = (right[:rank] @ basis.T) / weight
-    return second.astype(np.float32), first.astype(np.float32)
+    # The right singular vectors of a tall matrix are the eigenvectors of its small Gram matrix, largest last.
+    _, right = np.linalg.eigh(product.T @ product)
+    right = right[:, ::-1][:, :rank]
+    return (product @ right).astype(np.float32), ((right.T @ basis.T) / weight).astype(np.float32)
+
+
+def _orthonormal(columns: np.ndarray) -> np.ndarray:
+    """Columns spanning the same space, orthonormal but for rounding; products only, where a QR of [F, R] would take seconds."""
+    values, vectors = np.linalg.eigh(columns.T @ columns)
+    return columns @ (vectors / np.sqrt(np.maximum(values, 1e-12 * values[-1])))
 
 
 def _times(up_blocks: RowBlocks, right: np.ndarray) -> np.ndarray:

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import InflashError, RunError
+from .checksum import crc32c
 from .layout import TensorSpec, dtype_of
 from .shard_index import open_raw_array
 
@@ -65,7 +66,7 @@ def save_tensors(folder: Path, specs: tuple[TensorSpec, ...], tensor: Callable[[
       RunError: the disk is full, or refuses to be written.
     """
     held: tuple[str, np.ndarray] | None = None
-    checksums = {}
+    checksums: dict[str, str] = {}
     for number, checkpoint in enumerate(pieces(specs)):
         leaves = {}
         for piece in checkpoint:
@@ -75,6 +76,8 @@ def save_tensors(folder: Path, specs: tuple[TensorSpec, ...], tensor: Callable[[
                     raise InflashError(f"{piece.spec.name}: expected shape {piece.spec.shape}, found {held[1].shape}")
             leaves[piece.spec.name] = held[1][piece.start : piece.stop].astype(dtype_of(piece.spec.dtype), copy=False)
         _save_checkpoint((folder / str(number)).absolute(), leaves)
+        checksums |= {f"{number}/{name}": _checksum(leaf) for name, leaf in leaves.items()}
+    (folder / CHECKSUMS_FILE).write_text(json.dumps(checksums, indent=1) + "\n", encoding="utf-8")
 
 
 def load_tensors(folder: Path, specs: tuple[TensorSpec, ...], *, verify: bool = False) -> Iterator[tuple[Piece, np.ndarray]]:

@@ -177,7 +177,8 @@ def _fio(file: Path, length: int, threads: int, seconds: float) -> float:
     command = [
         "fio", "--name=read", f"--filename={file}", "--readonly", "--rw=randread", "--direct=1", "--ioengine=psync",
         f"--bs={length}", f"--numjobs={threads}", "--thread", "--time_based", f"--runtime={max(1, round(seconds))}",
-        "--group_reporting", "--output-format=json", "--randrepeat=0", "--norandommap", f"--filesize={file.stat().st_size // length * length}",
+        "--group_reporting", "--output-format=json", "--randrepeat=0", "--norandommap",
+        f"--filesize={file.stat().st_size // length * length}",
     ]  # fmt: skip
     result = subprocess.run(command, capture_output=True, text=True, timeout=120)
     if result.returncode:

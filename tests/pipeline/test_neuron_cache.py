@@ -77,7 +77,9 @@ class NeuronCacheMachine(RuleBasedStateMachine):
     @rule()
     def place_too_many(self) -> None:
         if self.num_slots < self.num_neurons:
-            with pytest.raises(InflashError, match=rf"{self.num_neurons} neurons asked for at once, found {self.num_slots} slots"):
+            with pytest.raises(
+                InflashError, match=rf"{self.num_neurons} neurons asked for at once, found {self.num_slots} slots"
+            ):
                 self.cache.place(np.arange(self.num_neurons, dtype=np.int32))
 
     @invariant()

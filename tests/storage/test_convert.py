@@ -247,7 +247,7 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path) -> None:
     if mounted.returncode:
         pytest.skip(f"a small disk cannot be mounted here: {mounted.stderr.decode().strip()}")
     try:
-        with pytest.raises(InflashError, match="found 0.00 GiB free"):
+        with pytest.raises(InflashError, match=r"found 0\.00 GiB free"):
             convert_quietly(tmp_path / "checkpoint", small / "store")
         before = "from inflash.storage import convert as module\nmodule._check_space = lambda destination, needed: None"
         (small / "checkpoint").symlink_to(tmp_path / "checkpoint")

@@ -1,0 +1,18 @@
+"""Counts what XLA compiles, by the event that JAX itself records."""
+
+import jax.monitoring
+
+_seen: list[float] = []
+
+
+def _listen(event: str, seconds: float, **_: str | int) -> None:
+    if event == "/jax/core/compile/backend_compile_duration":
+        _seen.append(seconds)
+
+
+jax.monitoring.register_event_duration_secs_listener(_listen)  # once: a listener cannot be taken back
+
+
+def num_compilations() -> int:
+    """Since this module was imported."""
+    return len(_seen)

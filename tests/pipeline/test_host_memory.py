@@ -1,0 +1,67 @@
+from pathlib import Path
+
+import pytest
+
+from inflash.errors import InflashError
+from inflash.pipeline import host_memory
+from inflash.pipeline.host_memory import available_bytes, check_fits
+
+MIB = 1 << 20
+
+
+def version_1(group: Path, limit: int, used: int, cache: int) -> None:
+    group.mkdir(parents=True, exist_ok=True)
+    (group / "memory.limit_in_bytes").write_text(f"{limit}\n")
+    (group / "memory.usage_in_bytes").write_text(f"{used}\n")
+    (group / "memory.stat").write_text(f"cache 5\ninactive_file 1\ntotal_inactive_file {cache}\n")
+
+
+def version_2(group: Path, limit: int | str, used: int, cache: int) -> None:
+    group.mkdir(parents=True, exist_ok=True)
+    (group / "memory.max").write_text(f"{limit}\n")
+    (group / "memory.current").write_text(f"{used}\n")
+    (group / "memory.stat").write_text(f"anon 5\ninactive_file {cache}\n")
+
+
+@pytest.fixture
+def mount(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(host_memory, "_CGROUP_ROOT", tmp_path)
+    return tmp_path
+
+
+def test_the_machine_has_some() -> None:
+    assert 0 < available_bytes() < 1 << 50
+
+
+@pytest.mark.parametrize("controller", ["memory", ""])
+def test_the_tightest_group_on_the_way_up_counts(mount: Path, controller: str) -> None:
+    write = version_1 if controller else version_2
+    write(mount / controller / "a/b", 900 * MIB, 100 * MIB, 0)
+    write(mount / controller / "a", 500 * MIB, 300 * MIB, 50 * MIB)
+    assert host_memory._cgroup_room(controller, "/a/b") == 250 * MIB  # the page cache gives way
+
+
+def test_no_limit_is_no_limit(mount: Path) -> None:
+    version_1(mount / "memory/a", (1 << 63) - 4096, 5, 0)
+    version_2(mount / "a", "max", 5, 0)
+    assert host_memory._cgroup_room("memory", "/a") is None
+    assert host_memory._cgroup_room("", "/a") is None
+
+
+def test_inside_a_container_the_mount_is_the_group(mount: Path) -> None:
+    """/proc/self/cgroup then names a path of the host's."""
+    version_2(mount, 700 * MIB, 100 * MIB, 0)
+    assert host_memory._cgroup_room("", "/docker/0123") == 600 * MIB
+
+
+def test_without_a_controller(mount: Path) -> None:
+    assert host_memory._cgroup_room("memory", "/") is None
+
+
+def test_what_does_not_fit_is_refused_with_the_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host_memory, "available_bytes", lambda: 100 * MIB)
+    check_fits({"neurons": 60 * MIB, "KV cache": 40 * MIB}, "sell something")
+    with pytest.raises(InflashError) as error:
+        check_fits({"neurons": 60 * MIB, "nothing": 0, "KV cache": 41 * MIB}, "sell something")
+    message = "memory: this run needs 101 MiB (neurons 60, KV cache 41), found 100 MiB available; sell something"
+    assert str(error.value) == message

@@ -1,0 +1,45 @@
+"""A pool of real loaders over one slab, for tests below the engine. Axes: S slots, D d_model."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from inflash.pipeline.loader_pool import LoaderPool
+from inflash.pipeline.slab import Slab, SlabPlan
+from inflash.storage.store import Store
+
+NUM_SLOTS = 600
+
+
+class Bench:
+    """A pool over the slots of one layer, and room for raw bytes."""
+
+    def __init__(self, store: Store, *, loaders: int, threads: int, files: Sequence[Path] = (), verify: bool = False) -> None:
+        plan = SlabPlan()
+        regions = LoaderPool.reserve(plan, loaders, store.config.d_ff)
+        self.parts = [plan.reserve(NUM_SLOTS * store.bundles.row_bytes) for _ in range(2)]
+        self.bytes_at = plan.reserve(8 << 20)
+        self.slab, self.store = Slab(plan.num_bytes), store
+        self.pool = LoaderPool(store, self.slab, regions, threads=threads, files=files, verify=verify)
+
+    def rows(self, part: int) -> np.ndarray:
+        shape = (NUM_SLOTS, self.store.config.d_model)
+        return self.slab.array(self.parts[part], shape, np.dtype(f"u{self.store.bundles.row_bytes // shape[1]}"))
+
+    def raw(self, length: int, at: int = 0) -> bytes:
+        return self.slab.array(self.bytes_at + at, (length,), np.uint8).tobytes()
+
+    def scatter(self, layer: int, positions: Sequence[int] | np.ndarray, slots: Sequence[int] | np.ndarray) -> None:
+        self.pool.wait(self.pool.scatter(layer, np.asarray(positions), np.asarray(slots), self.parts))
+
+
+@contextlib.contextmanager
+def bench(store: Store, *, loaders: int = 2, threads: int = 2, **options) -> Iterator[Bench]:
+    made = Bench(store, loaders=loaders, threads=threads, **options)
+    try:
+        yield made
+    finally:
+        made.pool.close()
+        made.slab.close()
