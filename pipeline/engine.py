@@ -160,7 +160,7 @@ class Engine:
         elif self.predictor_name == "exact":
             predictor = ExactPredictor(self._weights, self._prompt_ffn.up_rows)
         else:
-            predictor = LowRankPredictor(self.store, self.predictor_name, self._compute)
+            predictor = LowRankPredictor(self.store, self.predictor_name, self._compute, verify=self.options.verify)
         self._decode_ffn.predictor = predictor
         self._decode_ffn.observe(self.times)
         return predictor

@@ -70,7 +70,7 @@ class ExactPredictor:
 class LowRankPredictor:
     """The paper's: active where B(A h) + bias > threshold. Reference: arXiv:2312.11514, 3.1."""
 
-    def __init__(self, store: Store, name: str, dtype: np.dtype) -> None:
+    def __init__(self, store: Store, name: str, dtype: np.dtype, *, verify: bool = False) -> None:
         self.name = name
         self._layers = []
         ranks = store.predictors[name].get("ranks", [])
@@ -80,7 +80,7 @@ class LowRankPredictor:
             )
         for layer, rank in enumerate(ranks):
             specs = predictor_specs(store.config.d_model, store.config.d_ff, rank, store.dtype)
-            tensors = gather_pieces(load_tensors(store.predictor_folder(name, layer), specs), dtype)
+            tensors = gather_pieces(load_tensors(store.predictor_folder(name, layer), specs, verify=verify), dtype)
             order = store.neuron_order(layer)
             tensors["second"][:] = tensors["second"][order]
             tensors["bias"][:] = tensors["bias"][order]

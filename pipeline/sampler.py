@@ -46,6 +46,10 @@ class Sampler:
             _sample(logits, temperature, seeds, index)
             if any(p.filtered for p in params):
                 _sample_filtered(logits, temperature, index, temperature, temperature, seeds, index)
+        if wanted := [p.logprobs for p in params if p.logprobs is not None]:
+            _token_logprobs(logits, np.zeros(num_rows, np.int32))
+            if max(wanted):
+                _top_logprobs(logits, k=max(wanted))
 
     def choose(self, logits: jax.Array, rows: Sequence[tuple[int, Continuation]]) -> dict[int, int]:
         """The next token of each (row, continuation); notes logprobs in those that want them."""

@@ -92,8 +92,9 @@ class Scheduler:
         return self._engine.decode(token_ids, positions, active)
 
     def _extend(self, logits: jax.Array, rows: Sequence[tuple[int, Continuation]], on_tokens: Callable[[int], None]) -> None:
-        for row, token in self._sampler.choose(logits, rows).items():
-            dict(rows)[row].push(token)
+        tokens = self._sampler.choose(logits, rows)
+        for row, continuation in rows:
+            continuation.push(tokens[row])
         on_tokens(len(rows))
 
     @staticmethod

@@ -5,9 +5,9 @@ import jax.monitoring
 _seen: list[float] = []
 
 
-def _listen(event: str, seconds: float, **_: str | int) -> None:
+def _listen(event: str, duration_secs: float, **kwargs: str | int) -> None:
     if event == "/jax/core/compile/backend_compile_duration":
-        _seen.append(seconds)
+        _seen.append(duration_secs)
 
 
 jax.monitoring.register_event_duration_secs_listener(_listen)  # once: a listener cannot be taken back

@@ -21,6 +21,10 @@ OURS = ("psm_", "sem.", "inflash")  # multiprocessing's names and any that we mi
 GRACE_S = 2.0
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--run-large", action="store_true", help="also run what takes gigabytes and minutes")
+
+
 @pytest.fixture(scope="session")
 def golden() -> Path:
     """The folder of values made by an independent implementation, each beside the script that made it."""

@@ -21,7 +21,7 @@ from inflash.storage.store import Store, open_store, writing_store
 BUFFERED = "ignore:.*direct I/O is refused:RuntimeWarning"
 """For `pytest.mark.filterwarnings`: rows of these models are often shorter than a sector."""
 
-DIRECT = {"hidden_size": 128, "ffn_dim": 256, "num_hidden_layers": 2, "max_position_embeddings": 512}
+DIRECT: dict[str, Any] = {"hidden_size": 128, "ffn_dim": 256, "num_hidden_layers": 2, "max_position_embeddings": 512}
 """Sizes whose float32 rows are whole sectors, so that reads pass the page cache by where the disk allows it."""
 
 

@@ -24,6 +24,7 @@ from inflash.pipeline.options import EngineOptions
 from inflash.storage.checkpoint import open_source
 from inflash.storage.layout import bundles_path, checksums_path, neuron_order_path
 from inflash.storage.readers import DirectFile
+from inflash.storage.shard_index import open_raw_array
 from inflash.storage.store import Store, open_store
 
 pytestmark = pytest.mark.filterwarnings(BUFFERED)
@@ -122,7 +123,12 @@ def test_neurons_may_lie_in_any_order(store: Store, reference, text: np.ndarray,
             array = zarr.open_array(str(tmp_path / "store" / path), mode="r+")
             array[:] = np.asarray(array[:])[order]
     reordered, expected = open_store(tmp_path / "store"), reference(text[:20])
-    for options in ({"ffn": "sparse", "verify": True}, {"ffn": "sparse", "predictor": "none"}, {"ffn": "hybrid"}, {"ffn": "resident"}):
+    for options in (
+        {"ffn": "sparse", "verify": True},
+        {"ffn": "sparse", "predictor": "none"},
+        {"ffn": "hybrid"},
+        {"ffn": "resident"},
+    ):
         with open_engine(reordered, **options) as engine:
             np.testing.assert_allclose(engine.all_logits(text[:20]), expected, rtol=0, atol=TOLERANCE)
     with open_engine(store, predictor="svd") as before, open_engine(reordered, predictor="svd") as after:
@@ -216,7 +222,9 @@ def little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("mode", ["resident", "sparse", "hybrid", "naive"])
 def test_a_run_that_does_not_fit_is_refused_with_the_figures(store: Store, mode: str) -> None:
     before = descriptors()
-    with pytest.raises(InflashError, match=r"memory: this run needs \d+ MiB \(.*program 500.*\), found 300 MiB available; use") as error:
+    with pytest.raises(
+        InflashError, match=r"memory: this run needs \d+ MiB \(.*program 500.*\), found 300 MiB available; use"
+    ) as error:
         open_engine(store, ffn=mode)
     assert not isinstance(error.value, RunError)  # exit code 2: nothing was started
     del error
@@ -278,6 +286,15 @@ def test_a_flipped_byte_is_found_by_a_run_that_verifies(store: Store, text: np.n
     ):
         engine.prepare(1, 64)
         engine.process_prompts([(0, text[:5])])
+
+
+@pytest.mark.parametrize("tensor", ["resident/layer_0/0/attention_out", "predictors/svd/layer_1/0/first"])
+def test_a_flipped_byte_of_what_stays_in_memory_is_found_before_the_run(store: Store, tmp_path: Path, tensor: str) -> None:
+    shutil.copytree(store.path, tmp_path / "store")
+    array = open_raw_array(tmp_path / "store" / tensor)
+    flip_byte(array.file, int(array.row_offsets[-1]))
+    with pytest.raises(InflashError, match=f"{tensor}: expected checksum"):
+        open_engine(open_store(tmp_path / "store"), predictor="svd", verify=True)
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -262,7 +263,7 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path) -> None:
 def test_memory_stays_near_one_tensor(tmp_path: Path) -> None:
     """Half a GiB of model, the embedding 96 MiB of it; a converter that held it all would need more than is allowed here."""
     width, vocab, layers = 1024, 24576, 8
-    config = {"hidden_size": width, "ffn_dim": 4 * width, "num_hidden_layers": layers, "vocab_size": vocab}
+    config: dict[str, Any] = {"hidden_size": width, "ffn_dim": 4 * width, "num_hidden_layers": layers, "vocab_size": vocab}
     write_opt_checkpoint(tmp_path / "checkpoint", seed=fresh_seed(), shards=4, **config)
     done = run_conversion(tmp_path, "", rank="0")
     assert done.returncode == 0, done.stderr

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_models import fresh_seed
+from tiny_models import flip_byte, fresh_seed
 
 from inflash.errors import InflashError
 from inflash.storage import resident
@@ -58,9 +58,9 @@ def test_pieces_cover_every_row_once_in_order_and_keep_the_limit(specs: list[Ten
 
 def test_tensors_come_back_bit_for_bit(written: tuple[Path, dict[str, np.ndarray]]) -> None:
     folder, tensors = written
-    assert len(list(folder.iterdir())) == len(pieces(SPECS, LIMIT)) == 8
+    assert sum(path.is_dir() for path in folder.iterdir()) == len(pieces(SPECS, LIMIT)) == 8
     found = {name: np.zeros_like(tensor) for name, tensor in tensors.items()}
-    for piece, rows in load_tensors(folder, SPECS):
+    for piece, rows in load_tensors(folder, SPECS, verify=True):
         assert rows.dtype == DTYPES[piece.spec.dtype]
         found[piece.spec.name][piece.start : piece.stop] = rows
     assert {name: tensor.tobytes() for name, tensor in found.items()} == {name: t.tobytes() for name, t in tensors.items()}
@@ -122,3 +122,12 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path, damage: str) -> None:
     file.write_text("{")
     with pytest.raises(InflashError, match=r"group/0: this Orbax checkpoint cannot be read"):
         list(load_tensors(tmp_path / "group", (spec,)))
+
+
+def test_a_flipped_bit_is_found_when_asked_to_verify(written: tuple[Path, dict[str, np.ndarray]]) -> None:
+    folder, _ = written
+    last = byte_ranges(folder, SPECS, "tall")[-1]
+    flip_byte(last.file, last.offset + last.length - 1)
+    assert len(list(load_tensors(folder, SPECS))) == 8 + 1  # one checkpoint holds the ends of two tensors
+    with pytest.raises(InflashError, match=r"group/3/tall: expected checksum .*; the store is damaged"):
+        list(load_tensors(folder, SPECS, verify=True))

@@ -1,0 +1,202 @@
+"""Runs a model in a memory cgroup that is too small for it.
+
+    python tests/integration/memory_limit.py --like opt-1.3b
+
+as root: writes a checkpoint of random bfloat16 weights in the shape of an OPT model, converts it, and runs a batch file against it in a
+cgroup of 75 % of the model's size. Then the same with `--ffn resident`, which has to be refused before it starts. The biases of fc1
+are shifted so that about 5 % of the neurons are active, as in trained OPT models.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from safetensors.numpy import save_file
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from opt_checkpoints import opt_config, opt_tensors
+
+CGROUP = Path("/sys/fs/cgroup")
+SHAPES: dict[str, dict[str, int]] = {
+    "opt-125m": {"hidden_size": 768, "ffn_dim": 3072, "num_hidden_layers": 12, "num_attention_heads": 12},
+    "opt-1.3b": {"hidden_size": 2048, "ffn_dim": 8192, "num_hidden_layers": 24, "num_attention_heads": 32},
+    "opt-2.7b": {"hidden_size": 2560, "ffn_dim": 10240, "num_hidden_layers": 32, "num_attention_heads": 32},
+}
+ACTIVE_SHIFT = -1.64  # what a normal distribution exceeds 5 % of the time, from above
+NUM_PROMPTS = 4
+
+
+class NoCgroup(Exception):
+    """Why no memory cgroup can be made here."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryGroup:
+    """A cgroup with a limit; either version."""
+
+    folder: Path
+    version: int
+
+    def run(self, command: Sequence[str], **options: Any) -> subprocess.CompletedProcess:
+        """Runs a command in the group, every process that it starts included."""
+        joining = 'echo $$ > "$0" && exec "$@"'
+        return subprocess.run(
+            ["sh", "-c", joining, str(self.folder / "cgroup.procs"), *command], text=True, check=False, **options
+        )
+
+    def peak_bytes(self) -> int | None:
+        """The most memory that was in use; None where the kernel does not keep it."""
+        file = self.folder / ("memory.max_usage_in_bytes" if self.version == 1 else "memory.peak")
+        return int(file.read_text()) if file.exists() else None
+
+
+@contextlib.contextmanager
+def memory_group(limit: int) -> Iterator[MemoryGroup]:
+    """A new group with a limit in bytes, removed afterwards.
+
+    Raises:
+      NoCgroup: not root, or no controller that could be used.
+    """
+    if os.geteuid() != 0:
+        raise NoCgroup("only root may make cgroups")
+    version = 1 if (CGROUP / "memory").is_dir() else 2
+    parent = CGROUP / "memory" if version == 1 else CGROUP
+    folder = parent / f"inflash-test-{os.getpid()}"
+    limits = {1: ("memory.limit_in_bytes", "memory.swappiness"), 2: ("memory.max", "memory.swap.max")}[version]
+    try:
+        if version == 2 and "memory" not in (CGROUP / "cgroup.subtree_control").read_text().split():
+            (CGROUP / "cgroup.subtree_control").write_text("+memory")
+        folder.mkdir()
+    except OSError as error:
+        raise NoCgroup(f"no group below {parent}: {error.strerror}") from error
+    try:
+        try:
+            (folder / limits[0]).write_text(str(limit))
+            if (folder / limits[1]).exists():
+                (folder / limits[1]).write_text("0")  # swap would be memory by another name
+        except OSError as error:
+            raise NoCgroup(f"{folder}: no limit can be set: {error.strerror}") from error
+        yield MemoryGroup(folder=folder, version=version)
+    finally:
+        folder.rmdir()
+
+
+def write_checkpoint(folder: Path, shape: dict[str, int]) -> int:
+    """A Hugging Face checkpoint, a shard a layer; returns the bytes of its weights."""
+    folder.mkdir()
+    config = opt_config("plain", "bfloat16", vocab_size=50272, max_position_embeddings=2048, **shape)
+    (folder / "config.json").write_text(json.dumps(config))
+    weight_map: dict[str, str] = {}
+    total = 0
+
+    def save(name: str, tensors: dict[str, np.ndarray]) -> None:
+        nonlocal total
+        cast = {key: tensor.astype(ml_dtypes.bfloat16) for key, tensor in tensors.items()}
+        save_file(cast, folder / name)
+        weight_map.update(dict.fromkeys(cast, name))
+        total += sum(tensor.nbytes for tensor in cast.values())
+
+    save("embeddings.safetensors", opt_tensors({**config, "num_hidden_layers": 0}))
+    one_layer = {**config, "num_hidden_layers": 1, "vocab_size": 1, "max_position_embeddings": 1}
+    for layer in range(config["num_hidden_layers"]):
+        tensors = {name: tensor for name, tensor in opt_tensors(one_layer, seed=layer).items() if ".layers.0." in name}
+        tensors["model.decoder.layers.0.fc1.bias"] += np.float32(ACTIVE_SHIFT)
+        save(f"layer_{layer}.safetensors", {name.replace(".0.", f".{layer}.", 1): tensor for name, tensor in tensors.items()})
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return total
+
+
+def write_batch(file: Path, num_tokens: int) -> None:
+    rng = np.random.default_rng()
+    lines = []
+    for number in range(NUM_PROMPTS):
+        body = {
+            "prompt": rng.integers(4, 50000, 8 + number).tolist(),
+            "max_tokens": num_tokens,
+            "temperature": 0,
+            "ignore_eos": True,
+        }
+        lines.append(json.dumps({"custom_id": f"request-{number}", "method": "POST", "url": "/v1/completions", "body": body}))
+    file.write_text("\n".join(lines) + "\n")
+
+
+def inflash(*words: str | Path) -> list[str]:
+    return [sys.executable, "-m", "inflash.tools.cli", *map(str, words)]
+
+
+def check(shape: dict[str, int], folder: Path, *, share: float, num_tokens: int, flags: Sequence[str]) -> dict[str, Any]:
+    """Converts and runs; returns the figures. An AssertionError says what went otherwise than it should."""
+    model_bytes = write_checkpoint(folder / "checkpoint", shape)
+    began = time.monotonic()
+    subprocess.run(inflash("convert", folder / "checkpoint", folder / "store"), check=True, capture_output=True)
+    convert_s = time.monotonic() - began
+    shutil.rmtree(folder / "checkpoint")
+    write_batch(folder / "in.jsonl", num_tokens)
+    limit = int(share * model_bytes)
+    batch = ("run-batch", "-i", folder / "in.jsonl", "--model", folder / "store", "--json", *flags)
+    with memory_group(limit) as group:
+        began = time.monotonic()
+        done = group.run(inflash(*batch, "-o", folder / "out.jsonl"), capture_output=True)
+        run_s = time.monotonic() - began
+        assert done.returncode == 0, f"run-batch ended with {done.returncode} at {limit >> 20} MiB: {done.stderr[-2000:]}"
+        peak = group.peak_bytes()
+    answers = [json.loads(line) for line in (folder / "out.jsonl").read_text().splitlines()]
+    assert len(answers) == NUM_PROMPTS
+    for answer in answers:
+        assert answer["response"]["status_code"] == 200, answer
+        assert answer["response"]["body"]["usage"]["completion_tokens"] == num_tokens
+    with memory_group(limit) as group:
+        refused = group.run(inflash(*batch, "-o", folder / "never.jsonl", "--ffn", "resident"), capture_output=True)
+    assert refused.returncode == 2, f"--ffn resident ended with {refused.returncode}: {refused.stderr[-2000:]}"
+    assert "memory: this run needs" in refused.stderr and "MiB available" in refused.stderr
+    assert not (folder / "never.jsonl").exists()
+    return {
+        "model_mib": model_bytes >> 20,
+        "limit_mib": limit >> 20,
+        "peak_mib": None if peak is None else peak >> 20,
+        "convert_s": round(convert_s, 1),
+        "run_s": round(run_s, 1),
+        "refused": refused.stderr.strip(),
+        "run": json.loads(done.stdout.splitlines()[-1])["run"],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--like", choices=SHAPES, default="opt-1.3b")
+    parser.add_argument("--share", type=float, default=0.75, help="the limit as a share of the model's bytes (%(default)s)")
+    parser.add_argument("--tokens", type=int, default=16, help="to generate for each of the prompts (%(default)s)")
+    parser.add_argument("--folder", type=Path, help="where to work; needs twice the model's size (default: a temporary folder)")
+    parser.add_argument("flags", nargs="*", help="for run-batch, after --", default=DEFAULT_FLAGS)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+        try:
+            figures = check(
+                SHAPES[arguments.like],
+                Path(folder),
+                share=arguments.share,
+                num_tokens=arguments.tokens,
+                flags=arguments.flags,
+            )
+        except NoCgroup as error:
+            sys.exit(f"skipped: {error}")
+    print(json.dumps(figures, indent=2))
+
+
+DEFAULT_FLAGS = ("--cache-neurons", "0.15", "--max-num-seqs", "4", "--max-model-len", "64")
+
+if __name__ == "__main__":
+    main()

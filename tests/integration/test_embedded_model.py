@@ -1,0 +1,96 @@
+"""The model that ships with inflash: sparse text equals dense text, and every byte read for it is accounted for."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tiny_models import BUFFERED, convert_quietly
+
+from inflash import LLM, SamplingParams
+from inflash.storage.layout import bundles_path
+from inflash.storage.readers import DirectFile
+from inflash.storage.store import Store
+from inflash.tools.demo import EMBEDDED
+
+pytestmark = [pytest.mark.integration, pytest.mark.filterwarnings(BUFFERED)]
+
+NUM_TOKENS = 256
+GREEDY = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True)
+OPTIONS: dict[str, Any] = {"compute_dtype": "float32", "max_num_seqs": 8}
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    assert (EMBEDDED / "model.safetensors").is_file(), f"{EMBEDDED} has no model, although it ships with inflash"
+    return convert_quietly(EMBEDDED, tmp_path_factory.mktemp("embedded") / "store", dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[str]:
+    lines = (EMBEDDED / "prompts.jsonl").read_text(encoding="utf-8").splitlines()
+    assert len(lines) == 8
+    return [json.loads(line)["body"]["prompt"] for line in lines]
+
+
+@pytest.fixture(scope="module")
+def dense(store: Store, prompts: list[str]) -> list[tuple[str, list[int]]]:
+    """Text and tokens of each prompt with everything in memory."""
+    with LLM(store.path, ffn="resident", **OPTIONS) as llm:
+        return [(output.outputs[0].text, output.outputs[0].token_ids) for output in llm.generate(prompts, GREEDY)]
+
+
+def loaders_read_bytes(llm: LLM) -> int:
+    total = 0
+    for process in llm.engine.pool.process_ids:
+        lines = dict(line.split(": ") for line in Path(f"/proc/{process}/io").read_text().splitlines())
+        total += int(lines["read_bytes"])
+    return total
+
+
+def settle(llm: LLM) -> int:
+    """Bytes that the loaders have read, once they have read all that was asked for."""
+    deadline = time.monotonic() + 10
+    while (found := llm.engine.pool.counters()["bytes"]) != llm.engine.pool.bytes_requested and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return found
+
+
+def refuses_direct(store: Store) -> bool:
+    file = DirectFile(store.path / bundles_path(0) / "c/0/0/0")
+    try:
+        return not file.can_read_directly(store.bundles.row_bytes, 0, 0)
+    finally:
+        file.close()
+
+
+@pytest.mark.parametrize("cache", [{"cache_neurons": 0.25}, {"policy": "window", "window": 4}], ids=["quarter", "window"])
+def test_sparse_text_is_dense_text(store: Store, prompts: list[str], dense, cache: dict[str, Any]) -> None:
+    with LLM(store.path, ffn="sparse", predictor="exact", **cache, **OPTIONS) as llm:
+        llm.generate(prompts, SamplingParams(temperature=0, max_tokens=2))  # every loader has opened every file
+        pool = llm.engine.pool
+        before = settle(llm), pool.bytes_requested, loaders_read_bytes(llm)
+        outputs = llm.generate(prompts, GREEDY)
+        after = settle(llm), pool.bytes_requested, loaders_read_bytes(llm)
+        times = llm.engine.times
+    assert [len(tokens) for _, tokens in dense] == [NUM_TOKENS] * 8
+    assert [output.outputs[0].token_ids for output in outputs] == [tokens for _, tokens in dense]
+    assert [output.outputs[0].text for output in outputs] == [text for text, _ in dense]
+
+    counted, requested, from_disk = (int(value) for value in np.subtract(after, before))
+    assert counted == requested > 0
+    assert times.decode_bytes == times.misses * store.bundles.bundle_bytes
+    if refuses_direct(store):
+        pytest.skip(f"texts are equal; the kernel's count is of direct reads, which the file system under {store.path} refuses")
+    assert from_disk == requested
+
+
+def test_most_neurons_are_not_needed(store: Store, prompts: list[str]) -> None:
+    """It was trained to be sparse: that is what makes it a model to show inflash with."""
+    with LLM(store.path, ffn="sparse", predictor="exact", cache_neurons=1.0, compute_dtype="float32", max_num_seqs=1) as llm:
+        llm.generate(prompts[:1], SamplingParams(temperature=0, max_tokens=64, ignore_eos=True))
+        times, config = llm.engine.times, llm.config
+    needed = (times.hits + times.misses) / (times.steps * config.num_layers * config.d_ff)
+    assert needed < 0.1

@@ -1,0 +1,50 @@
+"""Memory that a cgroup limits. Skipped, with the reason, where cgroups cannot be made."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from integration.memory_limit import DEFAULT_FLAGS, SHAPES, MemoryGroup, NoCgroup, check, inflash, memory_group
+from tiny_models import make_store
+
+pytestmark = pytest.mark.integration
+
+LIMIT = 400 << 20  # enough for the command to start, too little for JAX and the loaders
+
+
+@pytest.fixture
+def group() -> Iterator[MemoryGroup]:
+    try:
+        with memory_group(LIMIT) as made:
+            yield made
+    except NoCgroup as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.parametrize("mode", ["resident", "sparse"])
+def test_the_groups_limit_is_what_a_run_is_measured_by(group: MemoryGroup, tmp_path: Path, mode: str) -> None:
+    store = make_store(tmp_path, num_hidden_layers=1)
+    body = {"prompt": [5, 6, 7], "max_tokens": 2}
+    line = {"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": body}
+    (tmp_path / "in.jsonl").write_text(json.dumps(line) + "\n")
+    command = inflash(
+        "run-batch", "-i", tmp_path / "in.jsonl", "-o", tmp_path / "out.jsonl", "--model", store.path, "--ffn", mode
+    )
+    done = group.run(command, capture_output=True, timeout=120)
+    assert done.returncode == 2, done.stderr
+    assert "memory: this run needs" in done.stderr
+    available = int(done.stderr.split(" MiB available")[0].split()[-1])
+    assert 0 < available <= LIMIT >> 20
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_a_model_larger_than_its_memory(request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    """Gigabytes and minutes; also `python tests/integration/memory_limit.py`."""
+    if not request.config.getoption("--run-large"):
+        pytest.skip("writes 5 GB and takes minutes; give --run-large")
+    try:
+        figures = check(SHAPES["opt-1.3b"], tmp_path, share=0.75, num_tokens=16, flags=DEFAULT_FLAGS)
+    except NoCgroup as error:
+        pytest.skip(str(error))
+    assert figures["peak_mib"] is None or figures["peak_mib"] <= figures["limit_mib"]
