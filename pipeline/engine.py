@@ -8,7 +8,6 @@ The letters are those of the drawing in docs/architecture.md.
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Self
 
 import jax
@@ -28,6 +27,7 @@ from .feed_forward import (
     StreamedFeedForward,
     Tile,
 )
+from .fixed_shapes import CHUNK_SIZES, SMALLEST_CAPACITY, Chunk, capacity_for, doublings, fitting, split_prompt
 from .host_memory import ENGINE_BYTES, LOADER_BYTES, check_fits
 from .loader_pool import LoaderPool
 from .matrix_source import STREAMED_NAMES, MatrixSource, ResidentMatrices, StreamedMatrices
@@ -38,24 +38,10 @@ from .slab import Slab, SlabPlan
 from .step_times import StepTimes
 from .weights import compute_dtype, load_weights, loaded_bytes, zeros
 
-CHUNK_SIZES = (32, 256)
-"""Tokens of a prompt that a kernel takes at once; shorter chunks are padded to one of these."""
-_SMALLEST_CAPACITY = 64
-
 _attention_decode = jit(attention_decode, static_argnames=("shape", "num_positions"), donate_argnames=("keys", "values"))
 _attention_chunk = jit(attention_chunk, static_argnames=("shape", "num_positions"), donate_argnames=("keys", "values"))
 _after_ffn = jit(after_ffn, static_argnames="shape")
 _put_row = jit(lambda rows, x, index, row: rows.at[row].set(x[index]))
-
-
-@dataclass(frozen=True, slots=True)
-class _Chunk:
-    """A stretch of one sequence's prompt: `count` real tokens, padded to `len(token_ids)`."""
-
-    sequence: int
-    start: int
-    count: int
-    token_ids: np.ndarray
 
 
 class Engine:
@@ -173,7 +159,7 @@ class Engine:
         """
         if max_length > self.config.max_positions:
             raise InflashError(f"length: the model has {self.config.max_positions} positions, found {max_length} asked for")
-        capacity = next(size for size in _powers(_SMALLEST_CAPACITY) if size >= max_length)
+        capacity = capacity_for(max_length)
         if num_seqs == self.num_seqs and capacity <= self.capacity:
             return
         self._keys, self._values, self.num_seqs, self.capacity = [], [], 0, 0  # should what follows be refused
@@ -192,7 +178,7 @@ class Engine:
           [B, V] f32: row s is the logits after the last token of sequence s; rows of other sequences mean nothing.
         """
         with self._timed_prompt(sum(len(token_ids) for _, token_ids in prompts)):
-            chunks = [chunk for sequence, token_ids in prompts for chunk in _split(sequence, token_ids)]
+            chunks = [chunk for sequence, token_ids in prompts for chunk in split_prompt(sequence, token_ids)]
             outputs = self._run_chunks(chunks)
             hidden = zeros((self.num_seqs, self.config.d_model))
             for chunk, x in zip(chunks, outputs, strict=True):  # a sequence's last chunk comes last
@@ -204,7 +190,7 @@ class Engine:
         """[T] token ids to [T, V] f32 logits, each token's feed-forward neurons chosen as a decoding step would."""
         self.prepare(max(self.num_seqs, 1), max(len(token_ids), self.capacity))
         with self._timed_prompt(len(token_ids)):
-            chunks = _split(0, token_ids)
+            chunks = split_prompt(0, token_ids)
             logits = self._matrices.logits(self._run_chunks(chunks, predict=True))
             parts = [np.asarray(rows)[: chunk.count] for chunk, rows in zip(chunks, logits, strict=True)]
             return np.concatenate(parts)
@@ -221,7 +207,7 @@ class Engine:
           [B, V] f32 logits of the next tokens.
         """
         with self._timed_step(int(active.sum())):
-            bound = bounded(int(positions.max()) + 1, self.capacity)
+            bound = fitting(int(positions.max()) + 1, doublings(SMALLEST_CAPACITY, self.capacity))
             x = self._matrices.embed(token_ids, positions)
             for layer in range(self.config.num_layers):
                 weights = self._matrices.take_attention(layer)
@@ -259,7 +245,7 @@ class Engine:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _run_chunks(self, chunks: Sequence[_Chunk], *, predict: bool = False) -> list[jax.Array]:
+    def _run_chunks(self, chunks: Sequence[Chunk], *, predict: bool = False) -> list[jax.Array]:
         """The last layer's outputs, [T, D] a chunk."""
         outputs = [
             self._matrices.embed(chunk.token_ids, np.arange(chunk.start, chunk.start + len(chunk.token_ids), dtype=np.int32))
@@ -282,7 +268,7 @@ class Engine:
             outputs = [self._after(layer, x) for x in self._prompt_ffn.add_neurons(layer, tiles)]
         return outputs
 
-    def _attend(self, layer: int, weights: dict[str, jax.Array], chunk: _Chunk, x: jax.Array) -> Tile:
+    def _attend(self, layer: int, weights: dict[str, jax.Array], chunk: Chunk, x: jax.Array) -> Tile:
         residual, ffn_in, self._keys[layer], self._values[layer] = _attention_chunk(
             x,
             weights,
@@ -303,7 +289,7 @@ class Engine:
         weights = self._matrices.example_attention()
         nothing = np.zeros(self.num_seqs, np.int32)
         x = zeros((self.num_seqs, self.config.d_model))
-        for bound in bounds(self.capacity):
+        for bound in doublings(SMALLEST_CAPACITY, self.capacity):
             # The last position below the bound: no token that is there yet can see it.
             _, _, self._keys[0], self._values[0] = _attention_decode(
                 x, weights, self._keys[0], self._values[0], nothing + bound - 1, self._shape, num_positions=bound
@@ -312,7 +298,7 @@ class Engine:
         self._decode_ffn.warm_up(Tile(residual=x, ffn_in=x, active=nothing > 0))
         self._matrices.warm_up(x)
         for size in CHUNK_SIZES:
-            chunk = _Chunk(0, 0, 0, np.zeros(size, np.int32))
+            chunk = Chunk(0, 0, 0, np.zeros(size, np.int32))
             tile = self._attend(0, weights, chunk, zeros((size, self.config.d_model)))
             self._prompt_ffn.warm_up(tile)
             self._after(0, tile.residual)
@@ -340,35 +326,3 @@ class Engine:
         self.times.decode_bytes += self._pool.bytes_requested - requested
         self.times.steps += 1
         self.times.tokens += num_tokens
-
-
-def _split(sequence: int, token_ids: np.ndarray) -> list[_Chunk]:
-    """A prompt in chunks of the largest size, the rest padded to the smallest size that holds it."""
-    chunks = []
-    for start in range(0, len(token_ids), CHUNK_SIZES[-1]):
-        part = token_ids[start : start + CHUNK_SIZES[-1]]
-        padded = np.zeros(next(size for size in CHUNK_SIZES if size >= len(part)), np.int32)
-        padded[: len(part)] = part
-        chunks.append(_Chunk(sequence, start, len(part), padded))
-    return chunks
-
-
-def _powers(size: int) -> Iterator[int]:
-    while True:
-        yield size
-        size *= 2
-
-
-def bounds(capacity: int) -> list[int]:
-    """The numbers of positions that attention is compiled for: powers of two up to the capacity."""
-    sizes = []
-    for size in _powers(_SMALLEST_CAPACITY):
-        sizes.append(size)
-        if size >= capacity:
-            return sizes
-    raise AssertionError("powers of two do not end")
-
-
-def bounded(length: int, capacity: int) -> int:
-    """The smallest compiled number of positions that holds `length`."""
-    return next(size for size in bounds(capacity) if size >= length)

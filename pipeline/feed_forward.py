@@ -15,6 +15,7 @@ from ..kernels.compilation import jit
 from ..kernels.sparse_ffn import block_ffn, gathered_ffn
 from ..storage.store import Store
 from .block_stream import BlockStream
+from .fixed_shapes import SMALLEST_GATHER, doublings, fitting, padded
 from .loader_pool import LoaderPool
 from .neuron_cache import make_cache
 from .neuron_rows import NeuronRows
@@ -26,7 +27,6 @@ from .weights import aligned_empty, on_device
 
 STREAM_BLOCK_BYTES = 8 << 20  # at 2 GB/s the disk takes 4 ms for it: a thousand times the cost of asking
 STREAM_BUFFERS = 4
-_SMALLEST_BUCKET = 64
 
 _block = jit(block_ffn, static_argnames=("compute_dtype",))
 _gathered = jit(gathered_ffn, static_argnames=("compute_dtype",))
@@ -78,8 +78,8 @@ class StreamedFeedForward:
         self._buffers = [NeuronRows(plan, store.bundles, self._length) for _ in range(STREAM_BUFFERS)]
         padding = self._blocks * self._length - self._d_ff
         self._padding = padding
-        padded = [np.pad(bias, (0, padding)).reshape(self._blocks, self._length) for bias in up_bias]
-        self._block_bias = [[on_device(block) for block in rows] for rows in padded]
+        blocks = [np.pad(bias, (0, padding)).reshape(self._blocks, self._length) for bias in up_bias]
+        self._block_bias = [[on_device(block) for block in rows] for rows in blocks]
 
     def bind(self, slab: Slab, pool: LoaderPool) -> None:
         for buffer in self._buffers:
@@ -173,6 +173,7 @@ class CachedFeedForward:
         config = store.config
         self._compute, self._times, self._d_ff = compute, StepTimes(), config.d_ff
         self._num_slots = options.cache_slots(config.d_ff)
+        self._gather_sizes = doublings(SMALLEST_GATHER, self._num_slots)
         self._layers = [NeuronRows(plan, store.bundles, self._num_slots) for _ in range(config.num_layers)]
         self._caches = [
             make_cache(config.d_ff, self._num_slots, options.policy, options.window) for _ in range(config.num_layers)
@@ -218,7 +219,7 @@ class CachedFeedForward:
         return total
 
     def _gather(self, layer: int, neuron_ids, slots, total, ffn_in, predicted) -> jax.Array:
-        size = bucket(len(neuron_ids), self._num_slots)
+        size = fitting(len(neuron_ids), self._gather_sizes)
         rows = self._layers[layer]
         return _gathered(
             total,
@@ -227,35 +228,14 @@ class CachedFeedForward:
             rows.down,
             self._bias[layer],
             predicted,
-            _padded(slots, size),
-            _padded(neuron_ids, size),
+            padded(slots, size),
+            padded(neuron_ids, size),
             np.int32(len(neuron_ids)),
             compute_dtype=self._compute,
         )
 
     def warm_up(self, tile: Tile) -> None:
         predicted, _ = _needed(self.predictor.predict(0, tile.ffn_in), tile.active)
-        for size in bucket_sizes(self._num_slots):
+        for size in self._gather_sizes:
             nothing = np.zeros(size, np.int32)
             self._gather(0, nothing, nothing, tile.residual, tile.ffn_in, predicted)
-
-
-def bucket_sizes(num_slots: int) -> list[int]:
-    """The padded sizes of gathers: powers of two from 64, and the number of slots."""
-    sizes = []
-    size = _SMALLEST_BUCKET
-    while size < num_slots:
-        sizes.append(size)
-        size *= 2
-    return [*sizes, num_slots]
-
-
-def bucket(count: int, num_slots: int) -> int:
-    """The padded size for `count` neurons."""
-    return next(size for size in bucket_sizes(num_slots) if size >= count)
-
-
-def _padded(values: np.ndarray, size: int) -> np.ndarray:
-    padded = np.zeros(size, np.int32)
-    padded[: len(values)] = values
-    return padded

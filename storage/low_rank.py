@@ -21,6 +21,7 @@ WANTED_RECALL = 0.99
 _OVERSAMPLE = 10
 _POWER_ITERATIONS = 2  # one instead of two named 2.5 % more neurons on a planted matrix
 _NUM_INPUTS = 256
+_LARGEST = 1e12
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,7 +90,8 @@ def _truncated_svd(
 def _orthonormal(columns: np.ndarray) -> np.ndarray:
     """Columns spanning the same space, orthonormal but for rounding; products only, where a QR of [F, R] would take seconds."""
     values, vectors = np.linalg.eigh(columns.T @ columns)
-    return columns @ (vectors / np.sqrt(np.maximum(values, 1e-12 * values[-1])))
+    floor = max(1e-12 * float(values[-1]), float(np.finfo(np.float32).tiny))  # directions, or whole layers, may be zero
+    return columns @ (vectors / np.sqrt(np.maximum(values, np.float32(floor))))
 
 
 def _times(up_blocks: RowBlocks, right: np.ndarray) -> np.ndarray:
@@ -105,6 +107,9 @@ def _transposed_times(up_blocks: RowBlocks, left: np.ndarray) -> np.ndarray:
 
 
 def _finite(values: np.ndarray) -> np.ndarray:
-    """In float32, zeros for NaN and infinity: a damaged neuron, of which the converter warns, must not spoil its whole layer."""
+    """In float32, zeros for what is NaN or so large that its square is no number.
+
+    A damaged neuron, of which the converter warns, must not spoil its whole layer.
+    """
     values = values.astype(np.float32)
-    return np.where(np.isfinite(values), values, np.float32(0))
+    return np.where(np.abs(values) < _LARGEST, values, np.float32(0))

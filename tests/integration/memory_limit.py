@@ -26,7 +26,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from opt_checkpoints import opt_config, opt_tensors
+from opt_checkpoints import opt_config
 
 CGROUP = Path("/sys/fs/cgroup")
 SHAPES: dict[str, dict[str, int]] = {
@@ -98,25 +98,48 @@ def write_checkpoint(folder: Path, shape: dict[str, int]) -> int:
     folder.mkdir()
     config = opt_config("plain", "bfloat16", vocab_size=50272, max_position_embeddings=2048, **shape)
     (folder / "config.json").write_text(json.dumps(config))
+    rng = np.random.default_rng()
     weight_map: dict[str, str] = {}
     total = 0
-
-    def save(name: str, tensors: dict[str, np.ndarray]) -> None:
-        nonlocal total
-        cast = {key: tensor.astype(ml_dtypes.bfloat16) for key, tensor in tensors.items()}
-        save_file(cast, folder / name)
-        weight_map.update(dict.fromkeys(cast, name))
-        total += sum(tensor.nbytes for tensor in cast.values())
-
-    save("embeddings.safetensors", opt_tensors({**config, "num_hidden_layers": 0}))
-    one_layer = {**config, "num_hidden_layers": 1, "vocab_size": 1, "max_position_embeddings": 1}
-    for layer in range(config["num_hidden_layers"]):
-        tensors = {name: tensor for name, tensor in opt_tensors(one_layer, seed=layer).items() if ".layers.0." in name}
-        tensors["model.decoder.layers.0.fc1.bias"] += np.float32(ACTIVE_SHIFT)
-        save(f"layer_{layer}.safetensors", {name.replace(".0.", f".{layer}.", 1): tensor for name, tensor in tensors.items()})
+    layers = range(config["num_hidden_layers"])
+    for file, shapes in (("embeddings", embedding_shapes(config)), *((f"layer_{n}", layer_shapes(config, n)) for n in layers)):
+        tensors = {f"model.decoder.{name}": random_tensor(rng, name, size) for name, size in shapes.items()}
+        save_file(tensors, folder / f"{file}.safetensors")
+        weight_map.update(dict.fromkeys(tensors, f"{file}.safetensors"))
+        total += sum(tensor.nbytes for tensor in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     return total
+
+
+def embedding_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    width = config["hidden_size"]
+    shapes = {"embed_tokens.weight": (config["vocab_size"], width)}
+    shapes |= {"embed_positions.weight": (config["max_position_embeddings"] + 2, width)}
+    return {**shapes, "final_layer_norm.weight": (width,), "final_layer_norm.bias": (width,)}
+
+
+def layer_shapes(config: dict[str, Any], layer: int) -> dict[str, tuple[int, ...]]:
+    width, ffn = config["hidden_size"], config["ffn_dim"]
+    linear = {f"self_attn.{name}": (width, width) for name in ("q_proj", "k_proj", "v_proj", "out_proj")}
+    linear |= {"fc1": (ffn, width), "fc2": (width, ffn)}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, (rows, columns) in linear.items():
+        shapes |= {f"{name}.weight": (rows, columns), f"{name}.bias": (rows,)}
+    for name in ("self_attn_layer_norm", "final_layer_norm"):
+        shapes |= {f"{name}.weight": (width,), f"{name}.bias": (width,)}
+    return {f"layers.{layer}.{name}": size for name, size in shapes.items()}
+
+
+def random_tensor(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """Values that keep activations near 1."""
+    values = rng.standard_normal(shape, np.float32)
+    if len(shape) == 2:
+        values *= np.float32(0.3 if name.startswith("embed_") else shape[1] ** -0.5)
+    else:
+        values *= np.float32(0.1)
+        values += np.float32(1 if "norm.weight" in name else ACTIVE_SHIFT if "fc1" in name else 0)
+    return values.astype(ml_dtypes.bfloat16)
 
 
 def write_batch(file: Path, num_tokens: int) -> None:
@@ -196,7 +219,7 @@ def main() -> None:
     print(json.dumps(figures, indent=2))
 
 
-DEFAULT_FLAGS = ("--cache-neurons", "0.15", "--max-num-seqs", "4", "--max-model-len", "64")
+DEFAULT_FLAGS = ("--cache-neurons", "0.1", "--max-num-seqs", "2", "--max-model-len", "64")
 
 if __name__ == "__main__":
     main()

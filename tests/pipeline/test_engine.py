@@ -21,8 +21,9 @@ from inflash.errors import InflashError, RunError
 from inflash.pipeline import feed_forward, host_memory
 from inflash.pipeline.engine import Engine
 from inflash.pipeline.options import EngineOptions
+from inflash.storage import resident
 from inflash.storage.checkpoint import open_source
-from inflash.storage.layout import bundles_path, checksums_path, neuron_order_path
+from inflash.storage.layout import bundles_path, checksums_path, neuron_order_path, resident_specs
 from inflash.storage.readers import DirectFile
 from inflash.storage.shard_index import open_raw_array
 from inflash.storage.store import Store, open_store
@@ -75,6 +76,22 @@ def test_prompts_of_every_length(
         engine.prepare(4, 300)
         last = np.asarray(engine.process_prompts([(row, text[:length]) for row, length in enumerate(lengths)]))
         np.testing.assert_allclose(last, expected[np.asarray(lengths) - 1], rtol=0, atol=TOLERANCE)
+
+
+def test_naive_streams_a_large_vocabulary_from_many_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The head in several blocks, tensors cut into several checkpoints, and borders of both that do not meet."""
+    monkeypatch.setattr(resident.pieces, "__defaults__", (70_000,))
+    store = make_store(tmp_path, **DIRECT, vocab_size=1000, predictor_rank=0)
+    assert len(resident.byte_ranges(store.resident_folder(None), resident_specs(store.config, None, store.dtype), "tokens")) > 5
+    with open_source(tmp_path / "checkpoint") as source:
+        tensors = canonical_tensors(source)
+    texts = [np.random.default_rng().integers(3, 1000, length).astype(np.int32) for length in (20, 12)]
+    with open_engine(store, ffn="naive") as engine:
+        engine.prepare(2, 64)
+        for found, whole in zip(teacher_forced(engine, texts, [9, 3]), texts, strict=True):
+            expected = forward(tensors, store.config, whole)[len(whole) - len(found) :]
+            np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE)
+        np.testing.assert_allclose(engine.all_logits(texts[0]), forward(tensors, store.config, texts[0]), rtol=0, atol=TOLERANCE)
 
 
 def test_sequences_grow_past_every_bound(store: Store, reference, text: np.ndarray) -> None:

@@ -1,5 +1,6 @@
 """Real loader processes: what they bring, and what happens when something dies."""
 
+import gc
 import os
 import signal
 import subprocess
@@ -139,6 +140,7 @@ def test_a_stopped_loader_cannot_hold_up_closing(neurons) -> None:
 
 
 def test_closing_twice_is_closing_once(neurons) -> None:
+    gc.collect()  # what other tests left to it
     descriptors = sorted(os.listdir("/proc/self/fd"))
     with bench(neurons[0]) as b:
         b.scatter(0, [0], [0])

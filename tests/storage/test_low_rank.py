@@ -72,6 +72,18 @@ def test_the_same_seed_gives_the_same_predictor() -> None:
     assert first.threshold == again.threshold
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -1e31])
+def test_a_damaged_neuron_does_not_spoil_its_layer(value: float) -> None:
+    rng = np.random.default_rng(fresh_seed())
+    up = planted(rng, 8)
+    damaged = up.copy()
+    damaged[7, 3] = value
+    ones, zeros = np.ones(D_MODEL, np.float32), np.zeros(D_MODEL, np.float32)
+    predictor = low_rank_predictor(in_blocks(damaged), np.zeros(D_FF, np.float32), ones, zeros, 9, seed=0)
+    others = np.arange(D_FF) != 7
+    np.testing.assert_allclose((predictor.second @ predictor.first)[others], up[others], atol=2e-3)
+
+
 @pytest.mark.parametrize("special", ["no scale", "never active", "all zero"])
 def test_degenerate_layers_give_numbers(special: str) -> None:
     rng = np.random.default_rng(fresh_seed())
