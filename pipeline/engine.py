@@ -28,7 +28,7 @@ from .feed_forward import (
     Tile,
 )
 from .fixed_shapes import CHUNK_SIZES, SMALLEST_CAPACITY, Chunk, capacity_for, doublings, fitting, split_prompt
-from .host_memory import ENGINE_BYTES, LOADER_BYTES, check_fits
+from .host_memory import check_fits, program_bytes
 from .loader_pool import LoaderPool
 from .matrix_source import STREAMED_NAMES, MatrixSource, ResidentMatrices, StreamedMatrices
 from .neuron_rows import NeuronRows
@@ -85,7 +85,7 @@ class Engine:
             "neurons": slots * bundles.bundle_bytes * config.num_layers,
             "buffers": self._buffer_bytes(),
             "predictor": predictor_bytes(self.store, self.predictor_name or "none", self._compute),
-            "program": ENGINE_BYTES + options.loaders * LOADER_BYTES,
+            "program": program_bytes(options.loaders),
         }
         check_fits(self._memory_parts, advice)
 

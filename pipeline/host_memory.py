@@ -1,5 +1,6 @@
 """How much memory this process may still take: the machine's, or its cgroup's where one is smaller."""
 
+import os
 from pathlib import Path
 
 from ..errors import InflashError
@@ -24,6 +25,12 @@ def available_bytes() -> int:
             room = _cgroup_room(controller, path)
             free = free if room is None else min(free, room)
     return free
+
+
+def program_bytes(loaders: int) -> int:
+    """What the engine's program and its loaders will still take beyond what this process holds now."""
+    resident_pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return max(ENGINE_BYTES - resident_pages * os.sysconf("SC_PAGE_SIZE"), 0) + loaders * LOADER_BYTES
 
 
 def check_fits(parts: dict[str, int], advice: str) -> None:

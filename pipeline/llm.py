@@ -99,8 +99,10 @@ class LLM:
         In `sparse` every token uses only the neurons that the predictor names, as in decoding.
         """
         ids = np.asarray(token_ids)
-        if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
+        if ids.ndim != 1 or (ids.size and not np.issubdtype(ids.dtype, np.integer)):
             raise InflashError(f"logits: expected a list of token ids, found shape {ids.shape} of {ids.dtype}")
+        if len(ids) > self.max_model_len:
+            raise InflashError(f"logits: at most {self.max_model_len} tokens fit, found {len(ids)}; give them in pieces")
         check_prompt(ids.tolist(), self.config.vocab_size, self.max_model_len + 1)
         return self.engine.all_logits(ids.astype(np.int32))
 

@@ -149,9 +149,10 @@ class LoaderPool:
         """Stops the loaders: their lifelines close, they leave; one that does not within two seconds is killed."""
         for peer in self._peers:
             os.close(peer.lifeline)
+        deadline = time.monotonic() + 2
         for peer in self._peers:
             try:
-                peer.process.wait(timeout=2)
+                peer.process.wait(timeout=max(deadline - time.monotonic(), 0))
             except subprocess.TimeoutExpired:
                 peer.process.kill()
                 peer.process.wait()
@@ -239,7 +240,10 @@ class LoaderPool:
         length = int.from_bytes(header, "little")
         message = b""
         while len(message) < length:
-            message += os.read(descriptor, length - len(message))
+            part = os.read(descriptor, length - len(message))
+            if not part:
+                raise RunError(f"loader process {peer.process.pid} ended while it told of an error; run again")
+            message += part
         error, text = pickle.loads(message)  # from our own child, over a private pipe
         error.add_note(f"in loader process {peer.process.pid}:\n{text}")
         raise error

@@ -32,6 +32,7 @@ class Sampler:
 
     def __init__(self, vocab_size: int, seed: int, token_bytes: TokenBytes | None) -> None:
         self._vocab_size, self._seed, self._token_bytes = vocab_size, seed, token_bytes
+        self._most_logprobs = 0
 
     def warm_up(self, num_rows: int, params: Sequence[SamplingParams]) -> None:
         """Compiles the kernels that requests like these will need."""
@@ -46,10 +47,16 @@ class Sampler:
             _sample(logits, temperature, seeds, index)
             if any(p.filtered for p in params):
                 _sample_filtered(logits, temperature, index, temperature, temperature, seeds, index)
-        if wanted := [p.logprobs for p in params if p.logprobs is not None]:
+        if any(p.logprobs is not None for p in params):
             _token_logprobs(logits, np.zeros(num_rows, np.int32))
-            if max(wanted):
-                _top_logprobs(logits, k=max(wanted))
+        if most := max((p.logprobs or 0 for p in params), default=0):
+            self._most_logprobs = most
+            _top_logprobs(logits, k=most)
+        if any(p.penalized for p in params):
+            counts, column = np.zeros(logits.shape, np.int32), np.ones(num_rows, np.float32)
+            _penalize(logits, counts, counts, column, column, column)
+        if any(p.min_tokens for p in params):
+            _suppress(logits, np.zeros((num_rows, _SUPPRESSED), np.int32))
 
     def choose(self, logits: jax.Array, rows: Sequence[tuple[int, Continuation]]) -> dict[int, int]:
         """The next token of each (row, continuation); notes logprobs in those that want them."""
@@ -121,7 +128,8 @@ class Sampler:
         for row, token in tokens.items():
             chosen[row] = token
         own, rank = (np.asarray(values) for values in _token_logprobs(logits, chosen))
-        most = max(c.params.logprobs or 0 for _, c in rows)
+        # Always the most that any request of the run wants: another number would compile another kernel.
+        most = max(self._most_logprobs, *(c.params.logprobs or 0 for _, c in rows))
         top = tuple(np.asarray(values) for values in _top_logprobs(logits, k=most)) if most else None
         for row, continuation in rows:
             if continuation.params.logprobs is None:

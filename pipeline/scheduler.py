@@ -83,7 +83,6 @@ class Scheduler:
 
     def _decode(self, running: Iterable[tuple[int, Continuation]]) -> jax.Array:
         token_ids = np.zeros(self._engine.num_seqs, np.int32)
-        # A free slot's padding writes past the cache, which drops it.
         positions = np.zeros(self._engine.num_seqs, np.int32)
         active = np.zeros(self._engine.num_seqs, bool)
         for row, continuation in running:

@@ -247,7 +247,7 @@ def test_as_many_params_as_prompts(llm: LLM) -> None:
 @pytest.mark.parametrize(
     ("ids", "message"),
     [
-        ([], "expected a list of token ids"),
+        ([], "at least one token"),
         ([VOCAB_SIZE], "token ids should be"),
         ([[3, 4]], "shape"),
         ([0.5], "float64"),
