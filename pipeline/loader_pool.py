@@ -194,7 +194,7 @@ class LoaderPool:
         try:
             # A new interpreter rather than multiprocessing's: users' scripts need no `if __name__ == "__main__"`.
             process = subprocess.Popen(
-                [sys.executable, "-m", "inflash.pipeline.loader", config.to_json()],
+                [sys.executable, "-P", "-m", "inflash.pipeline.loader", config.to_json()],
                 pass_fds=inherited,
                 stdin=subprocess.DEVNULL,
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
