@@ -113,6 +113,8 @@ class WeightFiles:
         start, stop, _ = rows.indices(shape[0])
         width = shape[1:] if columns is None else (len(range(*columns.indices(shape[1]))),)
         result = np.empty((max(0, stop - start), *width), dtype_of(self.dtype(name)))
+        if not result.size:  # safetensors refuses empty slices at a tensor's end
+            return result
         row_bytes = result.itemsize * int(np.prod(shape[1:]))
         block = max(1, _BLOCK_BYTES // max(1, row_bytes))
         for begin in range(start, stop, block):

@@ -80,7 +80,7 @@ def _measure(store: Store, arguments: argparse.Namespace) -> int:
         [name, f"{rate / 1e6:.0f}", f"{rate / shard.row_bytes:.0f}", f"{100 * rate / best:.0f}%"] for name, rate in rates.items()
     ]
     print(
-        f"random reads of {shard.row_bytes} bytes, {arguments.loaders} loaders x {arguments.loader_threads} threads, {shard.file.name}"
+        f"random reads of {shard.row_bytes} bytes, {arguments.loaders} loaders x {arguments.loader_threads} threads: {arguments.target}"
     )
     print(table(["method", "MB/s", "reads/s", "of the best reference"], rows))
     document = {
