@@ -10,7 +10,7 @@ from tiny_models import make_store
 
 pytestmark = pytest.mark.integration
 
-LIMIT = 400 << 20  # enough for the command to start, too little for JAX and the loaders
+LIMIT = 330 << 20  # enough for the command to start, too little for JAX and the loaders
 
 
 @pytest.fixture
