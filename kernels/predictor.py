@@ -4,7 +4,6 @@ Axes: B batch, D d_model, F d_ff, R predictor rank.
 """
 
 import jax
-import jax.numpy as jnp
 
 from .linear import linear
 
@@ -32,8 +31,3 @@ def predict_exact(
 ) -> jax.Array:
     """Neurons that the ReLU lets through, from the up projection itself: [B, F] bool."""
     return linear(h, up, up_bias, compute_dtype=compute_dtype) > 0
-
-
-def predict_all(batch: int, d_ff: int) -> jax.Array:
-    """Every neuron: [B, F] bool."""
-    return jnp.ones((batch, d_ff), bool)

@@ -63,6 +63,7 @@ class Engine:
         self.store, self.config, self.options = store, store.config, options
         self.times = StepTimes()
         self.num_seqs = self.capacity = 0
+        self._closed = False
         self._compute = compute_dtype(options.compute_dtype, store.dtype)
         self._shape = LayerShape(
             num_heads=store.config.num_heads,
@@ -157,6 +158,8 @@ class Engine:
         Raises:
           InflashError: the model has fewer positions, or the KV cache does not fit.
         """
+        if self._closed:
+            raise InflashError("this model was closed; make a new LLM")
         if max_length > self.config.max_positions:
             raise InflashError(f"length: the model has {self.config.max_positions} positions, found {max_length} asked for")
         capacity = capacity_for(max_length)
@@ -188,7 +191,7 @@ class Engine:
 
     def all_logits(self, token_ids: np.ndarray) -> np.ndarray:
         """[T] token ids to [T, V] f32 logits, each token's feed-forward neurons chosen as a decoding step would."""
-        self.prepare(max(self.num_seqs, 1), max(len(token_ids), self.capacity))
+        self.prepare(max(self.num_seqs, 1), max(len(token_ids), min(self.capacity, self.config.max_positions)))
         with self._timed_prompt(len(token_ids)):
             chunks = split_prompt(0, token_ids)
             logits = self._matrices.logits(self._run_chunks(chunks, predict=True))
@@ -236,6 +239,7 @@ class Engine:
 
     def close(self) -> None:
         """Stops the loaders and gives the memory back. Idempotent."""
+        self._closed = True
         self._pool.close()
         self._slab.close()
 

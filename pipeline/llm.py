@@ -6,7 +6,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from ..errors import InflashError
+from ..errors import InflashError, RunError
 from ..storage.store import open_store
 from .engine import Engine
 from .model_files import generation_config, load_tokenizer
@@ -29,8 +29,8 @@ class LLM:
 
     Args:
       model: the store that `inflash convert` wrote.
-      options: the fields of `EngineOptions` by name: ffn, predictor, cache_neurons, window, policy, max_num_seqs, max_model_len,
-        compute_dtype, loaders, loader_threads, seed, verify.
+      ffn, predictor, cache_neurons, window, policy, max_num_seqs, max_model_len, compute_dtype, loaders, loader_threads, seed, verify:
+        see `EngineOptions`, which has the same names and defaults (a test compares them).
 
     Raises:
       InflashError: for a bad store or option, or when memory is too small; nothing runs then.
@@ -40,11 +40,37 @@ class LLM:
           print(llm.generate("The sea was", SamplingParams(max_tokens=32))[0].outputs[0].text)
     """
 
-    def __init__(self, model: str | Path, **options: Any) -> None:
-        try:
-            self.options = EngineOptions(**options)
-        except TypeError as error:
-            raise InflashError(f"LLM: {str(error).replace('EngineOptions.__init__()', 'the options')}") from error
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        ffn: str = "sparse",
+        predictor: str = "auto",
+        cache_neurons: float | int = 0.25,
+        window: int | None = None,
+        policy: str = "lru",
+        max_num_seqs: int = 8,
+        max_model_len: int | None = None,
+        compute_dtype: str = "auto",
+        loaders: int = 2,
+        loader_threads: int = 4,
+        seed: int = 0,
+        verify: bool = False,
+    ) -> None:
+        self.options = EngineOptions(
+            ffn=ffn,
+            predictor=predictor,
+            cache_neurons=cache_neurons,
+            window=window,
+            policy=policy,
+            max_num_seqs=max_num_seqs,
+            max_model_len=max_model_len,
+            compute_dtype=compute_dtype,
+            loaders=loaders,
+            loader_threads=loader_threads,
+            seed=seed,
+            verify=verify,
+        )
         store = open_store(Path(model))
         self.config = store.config
         self.max_model_len = self._longest(self.options.max_model_len)
@@ -71,6 +97,10 @@ class LLM:
         params = self._params(sampling_params, len(listed))
         requests = [self.make_request(str(number), prompt, params[number], number) for number, prompt in enumerate(listed)]
         outputs = {output.request_id: output for output in self.stream(requests)}
+        for output in outputs.values():
+            for completion in output.outputs:
+                if completion.failure:
+                    raise RunError(f"prompt {output.request_id}: {completion.failure}")
         return [outputs[request.request_id] for request in requests]
 
     def make_request(self, request_id: str, prompt: Prompt, params: SamplingParams, number: int) -> Request:
@@ -81,6 +111,8 @@ class LLM:
         """
         text, token_ids = self._encode(prompt)
         check_prompt(token_ids, self.config.vocab_size, self.max_model_len)
+        if bad := [token for token in params.stop_token_ids or () if token >= self.config.vocab_size]:
+            raise InflashError(f"stop_token_ids: should be from 0 to {self.config.vocab_size - 1}, found {bad[0]}")
         return Request(request_id=request_id, prompt=text, prompt_token_ids=token_ids, sampling_params=params, number=number)
 
     def stream(

@@ -28,8 +28,9 @@ class CompletionOutput:
       token_ids: every generated token, the one that ended it included.
       cumulative_logprob: sum of the generated tokens' logprobs; None unless `logprobs` was asked for.
       logprobs: for each generated token, the most likely ones and itself by id; None unless asked for.
-      finish_reason: "stop" or "length"; None while it is not finished.
-      stop_reason: the stop string or the id in `stop_token_ids` that ended it; None for the end-of-text token and for "length".
+      finish_reason: "stop" or "length", or "error" when the model failed; None while it is not finished.
+      stop_reason: the stop string or the id in `stop_token_ids` that ended it, or what failed; None for the end-of-text token and for
+        "length".
     """
 
     index: int
@@ -43,6 +44,11 @@ class CompletionOutput:
     @property
     def finished(self) -> bool:
         return self.finish_reason is not None
+
+    @property
+    def failure(self) -> str | None:
+        """What failed, for finish_reason "error"."""
+        return str(self.stop_reason) if self.finish_reason == "error" else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

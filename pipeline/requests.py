@@ -98,6 +98,10 @@ class Continuation:
         elif len(self.token_ids) >= self.most_tokens:
             self.finish_reason = "length"
 
+    def fail(self, reason: str) -> None:
+        """Ends it without another token, for a fault that is not the request's."""
+        self.finish_reason, self.stop_reason = "error", reason
+
     def output(self) -> CompletionOutput:
         wanted = self.params.logprobs is not None
         chosen = [place[token].logprob for place, token in zip(self.logprobs, self.token_ids, strict=True)] if wanted else []

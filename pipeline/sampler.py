@@ -6,6 +6,7 @@ Axes: B sequences, V vocabulary.
 from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from ..kernels import sampling
@@ -23,6 +24,7 @@ _penalize = jit(sampling.penalize)
 _suppress = jit(sampling.suppress)
 _top_logprobs = jit(sampling.top_logprobs, static_argnames="k")
 _token_logprobs = jit(sampling.token_logprobs)
+_finite_rows = jit(lambda logits: jnp.all(jnp.isfinite(logits), axis=1))
 
 _SUPPRESSED = 8  # ids forbidden at once, padded to a multiple of this
 
@@ -32,12 +34,13 @@ class Sampler:
 
     def __init__(self, vocab_size: int, seed: int, token_bytes: TokenBytes | None) -> None:
         self._vocab_size, self._seed, self._token_bytes = vocab_size, seed, token_bytes
-        self._most_logprobs = 0
+        self._most_logprobs = self._forbidden_width = 0
 
     def warm_up(self, num_rows: int, params: Sequence[SamplingParams]) -> None:
         """Compiles the kernels that requests like these will need."""
         logits = zeros((num_rows, self._vocab_size))
         _greedy(logits)
+        _finite_rows(logits)
         if any(not p.greedy for p in params):
             temperature, seeds, index = (
                 np.ones(num_rows, np.float32),
@@ -56,11 +59,20 @@ class Sampler:
             counts, column = np.zeros(logits.shape, np.int32), np.ones(num_rows, np.float32)
             _penalize(logits, counts, counts, column, column, column)
         if any(p.min_tokens for p in params):
-            _suppress(logits, np.zeros((num_rows, _SUPPRESSED), np.int32))
+            longest = max(len(p.stop_token_ids or ()) for p in params) + _SUPPRESSED  # with room for the model's own end tokens
+            self._forbidden_width = -(-longest // _SUPPRESSED) * _SUPPRESSED
+            _suppress(logits, np.zeros((num_rows, self._forbidden_width), np.int32))
 
     def choose(self, logits: jax.Array, rows: Sequence[tuple[int, Continuation]]) -> dict[int, int]:
         """The next token of each (row, continuation); notes logprobs in those that want them."""
         original = logits
+        finite = np.asarray(_finite_rows(logits))
+        for row, continuation in rows:
+            if not finite[row]:
+                continuation.fail("the model's scores are NaN or infinite; `inflash verify` tells whether the store is damaged")
+        rows = [(row, c) for row, c in rows if c.finish_reason is None]
+        if not rows:
+            return {}
         num_rows = logits.shape[0]
         if any(c.params.penalized for _, c in rows):
             logits = self._penalized(logits, rows)
@@ -117,7 +129,7 @@ class Sampler:
 
     def _suppressed(self, logits: jax.Array, rows: Sequence[tuple[int, Continuation]]) -> jax.Array:
         forbidden = {row: continuation.forbidden_ids() for row, continuation in rows}
-        width = -(-max(map(len, forbidden.values())) // _SUPPRESSED) * _SUPPRESSED
+        width = max(self._forbidden_width, -(-max(map(len, forbidden.values())) // _SUPPRESSED) * _SUPPRESSED)
         token_ids = np.full((logits.shape[0], width), self._vocab_size, np.int32)  # the padding forbids nothing
         for row, ids in forbidden.items():
             token_ids[row, : len(ids)] = ids

@@ -93,7 +93,8 @@ class Scheduler:
     def _extend(self, logits: jax.Array, rows: Sequence[tuple[int, Continuation]], on_tokens: Callable[[int], None]) -> None:
         tokens = self._sampler.choose(logits, rows)
         for row, continuation in rows:
-            continuation.push(tokens[row])
+            if row in tokens:
+                continuation.push(tokens[row])
         on_tokens(len(rows))
 
     @staticmethod

@@ -13,6 +13,7 @@ import numpy as np
 from ..errors import InflashError
 from .checkpoint import CheckpointSource
 from .layout import (
+    PART_NAMES,
     TOKENIZER_FOLDER,
     BundleLayout,
     bundles_path,
@@ -112,9 +113,13 @@ def _neuron_blocks(source: CheckpointSource, layer: int, dtype: str, progress: P
     block = max(1, BLOCK_BYTES // layout.bundle_bytes)
     for start in range(0, layout.num_neurons, block):
         stop = min(start + block, layout.num_neurons)
-        rows = cast_weights(
-            source.neuron_rows(layer, start, stop), dtype, f"layer {layer}: feed-forward neurons {start} to {stop - 1}"
-        )
+        bundles = source.neuron_rows(layer, start, stop)
+        where = f"neurons {start} to {stop - 1}"
+        parts = [
+            cast_weights(bundles[:, part], dtype, f"layer {layer}: {name} projection, {where}")
+            for part, name in enumerate(PART_NAMES[layout.num_parts])
+        ]
+        rows = np.stack(parts, axis=1)
         progress(rows.nbytes)
         yield rows
 

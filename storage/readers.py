@@ -51,7 +51,8 @@ class BundleReader(Protocol):
           parts: P arrays [S, D] of the store's item size, C-contiguous and writable.
 
         Raises:
-          RunError: a neuron cannot be read, or `verify` found one damaged.
+          RunError: the file ends before the neuron.
+          InflashError: a neuron is damaged, where the reader was asked to verify.
         """
         ...
 
@@ -185,7 +186,7 @@ class DirectReader:
         for position, slot in zip(positions.tolist(), slots.tolist(), strict=True):
             found = joined_checksum([part[slot] for part in parts])
             if found != self._checksums[position]:
-                raise RunError(
+                raise InflashError(
                     f"{self._file.path}: layer {self._layer}, neuron at position {position}: expected checksum "
                     f"{int(self._checksums[position]):08x}, found {found:08x}; the store is damaged, convert the model again"
                 )

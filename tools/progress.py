@@ -27,4 +27,4 @@ def progress_bar(**options: Any) -> tqdm:
 
 
 def bytes_bar(total: int, description: str) -> tqdm:
-    return progress_bar(total=total, unit="B", unit_scale=True, unit_divisor=1024, desc=description)
+    return progress_bar(total=total, delay=0.2, unit="B", unit_scale=True, unit_divisor=1024, desc=description)

@@ -13,12 +13,15 @@ from typing import Any
 from ..errors import InflashError
 from ..pipeline.batch_file import BatchFile, read_batch
 from ..pipeline.batch_job import BatchJob, open_job
-from ..pipeline.batch_results import ResultWriter, drop_unsuccessful, finished_ids, refused_line, success_line
+from ..pipeline.batch_results import ResultWriter, drop_unsuccessful, failed_line, finished_ids, refused_line, success_line
 from ..pipeline.model_files import generation_config
 from ..storage.store import open_store
 from . import arguments as flags
 from .progress import progress_bar
 from .table import cost_table
+
+FREE_OPTIONS = frozenset({"loaders", "loader_threads", "verify", "max_num_seqs", "max_model_len"})
+"""What may change when a run is resumed: it decides how much memory and time a run takes, not what it is asked for."""
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -29,7 +32,8 @@ def run(arguments: argparse.Namespace) -> int:
     finished: dict[str, bool] = {}
     if arguments.resume:
         finished = finished_ids(output) | (finished_ids(error_file) if error_file else {})
-    settings = {"model": str(arguments.model.resolve()), **asdict(options)}
+    kept = {name: value for name, value in asdict(options).items() if name not in FREE_OPTIONS}
+    settings = {"model": str(arguments.model.resolve()), **kept}
     job = open_job(output, input_sha256=batch.sha256, settings=settings, total=len(batch.requests), finished=finished)
     if arguments.resume and arguments.retry_failed:
         for path in filter(None, (output, error_file)):
@@ -97,7 +101,11 @@ def _answers(
             bar.update(0)
 
         for output in llm.stream(requests, count):
-            yield success_line(output.request_id, output, model, int(time.time())), True
+            failure = next((completion.failure for completion in output.outputs if completion.failure), None)
+            if failure is None:
+                yield success_line(output.request_id, output, model, int(time.time())), True
+            else:
+                yield failed_line(output.request_id, "model_error", failure), False
             bar.update()
 
 

@@ -32,7 +32,7 @@ def cost_table(summary: dict[str, float | int]) -> str:
                 summary["tokens"],
                 f"{summary['tokens_per_s']:.1f}",
                 f"{summary['mib_per_token']:.3f}",
-                f"{100 * summary['cache_hit_rate']:.1f}%",
+                f"{100 * summary['cache_hit_rate']:.1f}%" if summary["predicted_share"] else "-",
                 f"{summary['io_wait_ms']:.2f}",
                 f"{summary['memory_ms']:.2f}",
                 f"{summary['compute_ms']:.2f}",

@@ -5,7 +5,7 @@ import pytest
 
 from inflash.kernels import reference
 from inflash.kernels.compilation import jit
-from inflash.kernels.predictor import predict, predict_all, predict_exact
+from inflash.kernels.predictor import predict, predict_exact
 
 
 @pytest.mark.parametrize("batch", [1, 4, 11])
@@ -37,7 +37,3 @@ def test_exact_is_the_sign_of_the_up_projection(batch):
     found = np.asarray(jit(predict_exact)(h, up, bias))
     clear = np.abs(exact) > 1e-4
     np.testing.assert_array_equal(found[clear], exact[clear] > 0)
-
-
-def test_all_is_all():
-    assert np.asarray(predict_all(3, 200)).all() and predict_all(3, 200).shape == (3, 200)

@@ -299,7 +299,7 @@ def test_a_flipped_byte_is_found_by_a_run_that_verifies(store: Store, text: np.n
     damaged = open_store(tmp_path / "store")
     with (
         open_engine(damaged, predictor="none", verify=True) as engine,
-        pytest.raises(RunError, match="layer 1, neuron at position 200: expected checksum"),
+        pytest.raises(InflashError, match="layer 1, neuron at position 200: expected checksum"),
     ):
         engine.prepare(1, 64)
         engine.process_prompts([(0, text[:5])])

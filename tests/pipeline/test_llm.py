@@ -1,9 +1,11 @@
 """The public face, over a random model whose tokens are bytes."""
 
+import inspect
 import os
 import signal
 import time
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +13,14 @@ import numpy as np
 import pytest
 from compilations import num_compilations
 from golden_logits import golden_prompts, write_golden_checkpoint
+from opt_checkpoints import write_opt_checkpoint
+from safetensors.numpy import load_file, save_file
 from tiny_models import BUFFERED, END, FIRST_BYTE, VOCAB_SIZE, convert_quietly, make_store
 
 import inflash
 from inflash import LLM, InflashError, RequestOutput, SamplingParams
 from inflash.errors import RunError
+from inflash.pipeline.options import EngineOptions
 from inflash.storage.store import Store
 
 pytestmark = pytest.mark.filterwarnings(BUFFERED)
@@ -266,7 +271,6 @@ def test_logits_of_the_longest_text(llm: LLM) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"cache": 3}, "LLM: the options got an unexpected keyword argument 'cache'"),
         ({"max_model_len": 65}, "max_model_len: the model has 64 positions, found 65"),
         ({"loaders": 0}, "loaders should be a positive integer, found 0"),
         ({"predictor": "nobody"}, "predictor should be one of"),
@@ -290,6 +294,39 @@ def test_a_shorter_limit_than_the_models(store: Store) -> None:
             llm.generate("0123456789abcdef", GREEDY)
         llm.close()
         llm.close()
+        with pytest.raises(InflashError, match="this model was closed"):
+            llm.generate("again", GREEDY)
+        with pytest.raises(InflashError, match="this model was closed"):
+            llm.logits([FIRST_BYTE])
+
+
+def test_its_arguments_are_the_engines_options() -> None:
+    parameters = [p for p in inspect.signature(LLM).parameters.values() if p.kind is inspect.Parameter.KEYWORD_ONLY]
+    options = {field.name: field.default for field in fields(EngineOptions)}
+    assert {p.name: p.default for p in parameters} == options
+
+
+def test_logits_of_whole_texts_again_and_again(tmp_path: Path) -> None:
+    """Positions that are no power of two: the KV cache holds more than the model may use."""
+    store = make_store(tmp_path, num_hidden_layers=1, max_position_embeddings=50)
+    with LLM(store.path, ffn="resident", loader_threads=1, max_num_seqs=1) as llm:
+        (text,) = (np.random.default_rng().integers(0, VOCAB_SIZE, 50).tolist() for _ in range(1))
+        np.testing.assert_array_equal(llm.logits(text), llm.logits(text))
+
+
+def test_a_model_that_computes_nonsense_says_so(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "checkpoint"
+    write_opt_checkpoint(checkpoint, num_hidden_layers=1)
+    weights = load_file(checkpoint / "model.safetensors")
+    weights["model.decoder.layers.0.fc1.bias"][:] = np.inf
+    save_file(weights, checkpoint / "model.safetensors")
+    with pytest.warns(UserWarning, match="up_bias: contains NaN or infinite weights"):
+        store = convert_quietly(checkpoint, tmp_path / "store")
+    with LLM(store.path, ffn="resident", loader_threads=1, max_num_seqs=1) as llm:
+        with pytest.raises(RunError, match="prompt 0: the model's scores are NaN or infinite"):
+            llm.generate([[5, 6]], GREEDY)
+        with pytest.raises(InflashError, match="stop_token_ids: should be from 0 to"):
+            llm.generate([[5, 6]], SamplingParams(stop_token_ids=[10**6]))
 
 
 def test_a_loader_killed_while_generating_ends_the_call(store: Store) -> None:

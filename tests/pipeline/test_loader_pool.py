@@ -197,7 +197,7 @@ def test_damage_is_told_when_asked_to_verify(tmp_path: Path) -> None:
         b.scatter(0, range(500), range(500))
     with bench(store, verify=True) as b:
         b.scatter(0, [76, 78], [0, 1])
-        with pytest.raises(RunError, match="layer 0, neuron at position 77: expected checksum"):
+        with pytest.raises(InflashError, match="layer 0, neuron at position 77: expected checksum"):
             b.scatter(0, range(500), range(500))
 
 

@@ -119,7 +119,7 @@ def test_the_tokenizer_comes_along(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "named"),
     [
-        ("model.decoder.layers.1.fc1.weight", r"layer 1: feed-forward neurons 0 to 255: contains NaN or infinite"),
+        ("model.decoder.layers.1.fc1.weight", r"layer 1: up projection, neurons 0 to 255: contains NaN or infinite"),
         ("model.decoder.layers.0.self_attn.k_proj.bias", r"layer 0: qkv_bias: contains NaN or infinite"),
         ("model.decoder.embed_tokens.weight", r"tokens: contains NaN or infinite"),
     ],

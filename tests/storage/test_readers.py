@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny_models import BUFFERED, flip_byte, write_neurons
 
-from inflash.errors import RunError
+from inflash.errors import InflashError, RunError
 from inflash.storage import readers
 from inflash.storage.layout import bundles_path, storage_dtype
 from inflash.storage.readers import (
@@ -148,7 +148,9 @@ class TestDirectReaderWithChecksums(BundleReaderContract):
         everything = np.arange(store.config.d_ff)
         flip_byte(shard(store, layer), last_byte)
         try:
-            with pytest.raises(RunError, match=rf"layer {layer}, neuron at position {position}: expected checksum [0-9a-f]{{8}}"):
+            with pytest.raises(
+                InflashError, match=rf"layer {layer}, neuron at position {position}: expected checksum [0-9a-f]{{8}}"
+            ):
                 reader.read(everything, everything, slots_for(store, len(everything)))
         finally:
             flip_byte(shard(store, layer), last_byte)
