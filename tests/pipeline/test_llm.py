@@ -310,7 +310,7 @@ def test_logits_of_whole_texts_again_and_again(tmp_path: Path) -> None:
     """Positions that are no power of two: the KV cache holds more than the model may use."""
     store = make_store(tmp_path, num_hidden_layers=1, max_position_embeddings=50)
     with LLM(store.path, ffn="resident", loader_threads=1, max_num_seqs=1) as llm:
-        (text,) = (np.random.default_rng().integers(0, VOCAB_SIZE, 50).tolist() for _ in range(1))
+        text = np.random.default_rng().integers(0, store.config.vocab_size, 50).tolist()
         np.testing.assert_array_equal(llm.logits(text), llm.logits(text))
 
 
