@@ -29,6 +29,7 @@ from .demo_network import DemoConfig, Parameters, forward, initial_parameters
 
 ACTIVE_TARGET = 0.06  # share of neurons active at the end
 VALIDATION_BATCHES = 32
+CHECKPOINT_STEPS = 200
 # One penalty a layer. It starts at next to nothing: neurons that die while the model still learns to spell never come back.
 PENALTY_START, PENALTY_LIMITS = 1e-4, (1e-5, 2.0)
 
@@ -119,7 +120,7 @@ def train(output: Path, config: DemoConfig, steps: int, batch: int, seed: int) -
                     f"penalty {np.round(np.asarray(state['penalty']), 4)}  {seconds:.2f} s/step",
                     flush=True,
                 )
-            if (step + 1) % 200 == 0 or step == steps - 1:
+            if (step + 1) % CHECKPOINT_STEPS == 0 or step == steps - 1:
                 manager.save(step + 1, args=ocp.args.StandardSave(state))
         manager.wait_until_finished()
     return state["parameters"]
