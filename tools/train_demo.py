@@ -30,7 +30,7 @@ from .demo_network import DemoConfig, Parameters, forward, initial_parameters
 ACTIVE_TARGET = 0.06  # share of neurons active at the end
 VALIDATION_BATCHES = 32
 CHECKPOINT_STEPS = 200
-# One penalty a layer. It starts at next to nothing: neurons that die while the model still learns to spell never come back.
+# One penalty a layer. It starts at next to nothing, so that only layers above their target are pushed.
 PENALTY_START, PENALTY_LIMITS = 1e-4, (1e-5, 2.0)
 
 
