@@ -8,6 +8,7 @@ The letters are those of the drawing in docs/architecture.md.
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Self
 
 import jax
@@ -33,7 +34,7 @@ from .loader_pool import LoaderPool
 from .matrix_source import STREAMED_NAMES, MatrixSource, ResidentMatrices, StreamedMatrices
 from .neuron_rows import NeuronRows
 from .options import EngineOptions
-from .predictors import AllNeurons, ExactPredictor, LowRankPredictor, Predictor, choose_predictor, predictor_bytes
+from .predictors import AllNeurons, ExactPredictor, Predictor, StoredPredictor, choose_predictor, predictor_bytes
 from .slab import Slab, SlabPlan
 from .step_times import StepTimes
 from .weights import compute_dtype, load_weights, loaded_bytes, zeros
@@ -147,8 +148,7 @@ class Engine:
         elif self.predictor_name == "exact":
             predictor = ExactPredictor(self._weights, self._prompt_ffn.up_rows)
         else:
-            predictor = LowRankPredictor(self.store, self.predictor_name, self._compute, verify=self.options.verify)
-        self._decode_ffn.predictor = predictor
+            predictor = StoredPredictor(self.store, self.predictor_name, verify=self.options.verify)
         self._decode_ffn.observe(self.times)
         return predictor
 
@@ -212,15 +212,16 @@ class Engine:
         with self._timed_step(int(active.sum())):
             bound = fitting(int(positions.max()) + 1, doublings(SMALLEST_CAPACITY, self.capacity))
             x = self._matrices.embed(token_ids, positions)
+            before = None
             for layer in range(self.config.num_layers):
                 weights = self._matrices.take_attention(layer)
                 residual, ffn_in, self._keys[layer], self._values[layer] = _attention_decode(  # A
                     x, weights, self._keys[layer], self._values[layer], positions, self._shape, num_positions=bound
                 )
                 self._matrices.give_back_attention(layer, residual)
-                tile = Tile(residual=residual, ffn_in=ffn_in, active=active)
+                tile = self._predicting(layer, Tile(residual=residual, ffn_in=ffn_in, active=active), before)
                 (x,) = self._decode_ffn.add_neurons(layer, [tile])  # B to F
-                x = self._after(layer, x)
+                x, before = self._after(layer, x), tile
             (logits,) = self._matrices.logits([x])  # H
             return logits.block_until_ready()
 
@@ -255,20 +256,14 @@ class Engine:
             self._matrices.embed(chunk.token_ids, np.arange(chunk.start, chunk.start + len(chunk.token_ids), dtype=np.int32))
             for chunk in chunks
         ]
+        before: Sequence[Tile | None] = [None] * len(chunks)
         for layer in range(self.config.num_layers):
             weights = self._matrices.take_attention(layer)
             tiles = [self._attend(layer, weights, chunk, x) for chunk, x in zip(chunks, outputs, strict=True)]
             self._matrices.give_back_attention(layer, tiles[-1].residual)
-            if predict and self._predictor is not None:
-                tiles = [
-                    Tile(
-                        residual=tile.residual,
-                        ffn_in=tile.ffn_in,
-                        active=tile.active,
-                        predicted=self._predictor.predict(layer, tile.ffn_in),
-                    )
-                    for tile in tiles
-                ]
+            if predict:
+                tiles = [self._predicting(layer, tile, last) for tile, last in zip(tiles, before, strict=True)]
+                before = tiles
             outputs = [self._after(layer, x) for x in self._prompt_ffn.add_neurons(layer, tiles)]
         return outputs
 
@@ -285,6 +280,13 @@ class Engine:
         )
         return Tile(residual=residual, ffn_in=ffn_in, active=np.arange(len(x)) < chunk.count)
 
+    def _predicting(self, layer: int, tile: Tile, before: Tile | None) -> Tile:
+        """The tile with its predicted neurons, where there is a predictor; `before` is the same tokens' tile of the layer before."""
+        if self._predictor is None:
+            return tile
+        read = before.ffn_in if self._predictor.ahead and before is not None else tile.ffn_in
+        return replace(tile, predicted=self._predictor.predict(layer, read))
+
     def _after(self, layer: int, x: jax.Array) -> jax.Array:
         return x if self._shape.norm_first else _after_ffn(x, self._weights.layers[layer], self._shape)
 
@@ -299,7 +301,10 @@ class Engine:
                 x, weights, self._keys[0], self._values[0], nothing + bound - 1, self._shape, num_positions=bound
             )
         self._after(0, x)
-        self._decode_ffn.warm_up(Tile(residual=x, ffn_in=x, active=nothing > 0))
+        tile = Tile(residual=x, ffn_in=x, active=nothing > 0)
+        for layer in reversed(range(self.config.num_layers)):  # ranks may differ from layer to layer
+            tile = self._predicting(layer, tile, None)
+        self._decode_ffn.warm_up(tile)
         self._matrices.warm_up(x)
         for size in CHUNK_SIZES:
             chunk = Chunk(0, 0, 0, np.zeros(size, np.int32))

@@ -20,7 +20,6 @@ from .loader_pool import LoaderPool
 from .neuron_cache import make_cache
 from .neuron_rows import NeuronRows
 from .options import EngineOptions
-from .predictors import Predictor
 from .slab import Slab, SlabPlan
 from .step_times import StepTimes
 from .weights import aligned_empty, on_device
@@ -42,7 +41,7 @@ class Tile:
       residual: [T, D] f32, what the neurons are added to.
       ffn_in: [T, D] f32, what they see.
       active: [T] bool, on the host: tokens that matter; the others are padding.
-      predicted: [T, F] bool, the neurons that each token may use; None: all.
+      predicted: [T, F] bool, the neurons that each token may use; None: all. The cache needs it.
     """
 
     residual: jax.Array
@@ -179,7 +178,6 @@ class CachedFeedForward:
             make_cache(config.d_ff, self._num_slots, options.policy, options.window) for _ in range(config.num_layers)
         ]
         self._bias = [on_device(bias) for bias in up_bias]
-        self.predictor: Predictor
 
     def bind(self, slab: Slab, pool: LoaderPool) -> None:
         self._pool = pool
@@ -192,7 +190,8 @@ class CachedFeedForward:
 
     def add_neurons(self, layer: int, tiles: Sequence[Tile]) -> list[jax.Array]:
         (tile,) = tiles  # decoding steps are one tile
-        predicted, needed = _needed(self.predictor.predict(layer, tile.ffn_in), tile.active)
+        assert tile.predicted is not None
+        predicted, needed = _needed(tile.predicted, tile.active)
         neuron_ids = np.flatnonzero(np.asarray(needed)).astype(np.int32)
         self._caches[layer].begin_token()
         self._times.neurons += self._d_ff
@@ -235,7 +234,8 @@ class CachedFeedForward:
         )
 
     def warm_up(self, tile: Tile) -> None:
-        predicted, _ = _needed(self.predictor.predict(0, tile.ffn_in), tile.active)
+        assert tile.predicted is not None
+        predicted, _ = _needed(tile.predicted, tile.active)
         for size in self._gather_sizes:
             nothing = np.zeros(size, np.int32)
             self._gather(0, nothing, nothing, tile.residual, tile.ffn_in, predicted)

@@ -1,27 +1,36 @@
-"""Who says which neurons a token needs. Behind one interface: low rank from the store, the truth, or all of them.
+"""Who says which neurons a token needs. Behind one interface: a predictor of the store, the truth, or all of them.
 
-Axes: T tokens (the rows of a batch, or of a prompt), D d_model, F d_ff, R predictor rank.
+Axes: T tokens (the rows of a batch, or of a prompt), D d_model, F d_ff.
 """
 
 from collections.abc import Callable
 from typing import Protocol
 
 import jax
+import ml_dtypes
 import numpy as np
 
 from ..errors import InflashError
 from ..kernels.compilation import jit
-from ..kernels.predictor import predict, predict_exact
-from ..storage.layout import predictor_specs
-from ..storage.resident import load_tensors
+from ..kernels.predictor import low_rank_scores, predict_exact, predict_low_rank, predict_signs, sign_scores
+from ..storage import predictor_layout
+from ..storage.predictor_layout import BY_NEURON, LOW_RANK, PredictorInfo
+from ..storage.predictor_store import load_predictor_layer
 from ..storage.store import Store
-from .weights import ModelWeights, alias, gather_pieces, on_device
+from .weights import ModelWeights, alias, aligned_empty, on_device
 
-_predict = jit(predict)
 _predict_exact = jit(predict_exact)
+_low_rank = {
+    "scores": jit(low_rank_scores, static_argnames="between"),
+    "predict": jit(predict_low_rank, static_argnames="between"),
+}
+_sign_bits = {"scores": jit(sign_scores), "predict": jit(predict_signs)}
 
 UpRows = Callable[[int], np.ndarray]
 """Reads one layer's up rows [F, D], in the order of the neurons on flash, in the dtype of products."""
+
+_WORST_FIRST = ("svd", "sign_bits", "weighted_svd")
+"""Methods that saw less of the model's real inputs than training or an import did."""
 
 
 class Predictor(Protocol):
@@ -30,13 +39,15 @@ class Predictor(Protocol):
     Attributes:
       name: as in `EngineOptions.predictor`.
       num_bytes: memory it holds.
+      ahead: 0: it reads the layer's own FFN input; 1: that of the layer before (for the first layer, its own).
     """
 
     name: str
     num_bytes: int
+    ahead: int
 
     def predict(self, layer: int, ffn_in: jax.Array) -> jax.Array:
-        """From the layer's FFN input [T, D] f32 to [T, F] bool, neurons in the order of the store."""
+        """From the FFN input that it reads [T, D] f32 to [T, F] bool, neurons in the order of the store."""
         ...
 
 
@@ -45,6 +56,7 @@ class AllNeurons:
 
     name = "none"
     num_bytes = 0
+    ahead = 0
 
     def __init__(self, d_ff: int) -> None:
         self._d_ff = d_ff
@@ -57,6 +69,7 @@ class ExactPredictor:
     """The truth, from the up projection itself, which it keeps in memory: half of the neurons' bytes. For tests and comparisons."""
 
     name = "exact"
+    ahead = 0
 
     def __init__(self, weights: ModelWeights, up_rows: UpRows) -> None:
         self._up = [alias(up_rows(layer)) for layer in range(len(weights.layers))]
@@ -67,29 +80,54 @@ class ExactPredictor:
         return _predict_exact(ffn_in, self._up[layer], self._bias[layer])
 
 
-class LowRankPredictor:
-    """The paper's: active where B(A h) + bias > threshold. Reference: arXiv:2312.11514, 3.1."""
+class LayerPredictor:
+    """One layer of a predictor, in memory.
 
-    def __init__(self, store: Store, name: str, dtype: np.dtype, *, verify: bool = False) -> None:
-        self.name = name
-        self._layers = []
-        ranks = store.predictors[name].get("ranks", [])
-        if len(ranks) != store.config.num_layers:
-            raise InflashError(
-                f"{store.path}: predictor {name!r}: expected {store.config.num_layers} ranks, found {len(ranks)}; convert again"
-            )
-        for layer, rank in enumerate(ranks):
-            specs = predictor_specs(store.config.d_model, store.config.d_ff, rank, store.dtype)
-            tensors = gather_pieces(load_tensors(store.predictor_folder(name, layer), specs, verify=verify), dtype)
-            order = store.neuron_order(layer)
-            tensors["second"][:] = tensors["second"][order]
-            tensors["bias"][:] = tensors["bias"][order]
-            self._layers.append({key: alias(tensor) for key, tensor in tensors.items()})
-        self.num_bytes = sum(array.nbytes for tensors in self._layers for array in tensors.values())
+    Attributes:
+      num_bytes: of its weights.
+      threshold: neurons with a larger score are named.
+    """
+
+    def __init__(self, info: PredictorInfo, tensors: dict[str, np.ndarray]) -> None:
+        """Takes the tensors of `predictor_specs`, neurons in the order of the store."""
+        self._kernels, self._static = (_low_rank, {"between": info.between}) if info.kind == LOW_RANK else (_sign_bits, {})
+        self._weights = {name: alias(_usable(values)) for name, values in tensors.items()}
+        self.num_bytes = sum(array.nbytes for array in self._weights.values())
+        self._threshold = self._weights.pop("threshold")
+        self.threshold = float(self._threshold[0])
+
+    def scores(self, ffn_in: jax.Array) -> jax.Array:
+        """[T, D] f32 to [T, F] f32."""
+        return self._kernels["scores"](ffn_in, **self._weights, **self._static)
+
+    def predict(self, ffn_in: jax.Array) -> jax.Array:
+        """[T, D] f32 to [T, F] bool."""
+        return self._kernels["predict"](ffn_in, **self._weights, threshold=self._threshold, **self._static)
+
+
+class StoredPredictor:
+    """A predictor of the store, every layer in memory."""
+
+    def __init__(self, store: Store, name: str, *, verify: bool = False) -> None:
+        self.name, self.ahead = name, store.predictors[name].ahead
+        self._layers = [load_layer(store, name, layer, verify=verify) for layer in range(store.config.num_layers)]
+        self.num_bytes = sum(layer.num_bytes for layer in self._layers)
 
     def predict(self, layer: int, ffn_in: jax.Array) -> jax.Array:
-        tensors = self._layers[layer]
-        return _predict(ffn_in, tensors["first"], tensors["second"], tensors["bias"], tensors["threshold"])
+        return self._layers[layer].predict(ffn_in)
+
+
+def load_layer(store: Store, name: str, layer: int, *, verify: bool = False) -> LayerPredictor:
+    """Reads one layer of the predictor `name`.
+
+    Raises:
+      InflashError: it is damaged.
+    """
+    tensors = load_predictor_layer(store, name, layer, verify=verify)
+    order = store.neuron_order(layer)
+    return LayerPredictor(
+        store.predictors[name], {key: values[order] if key in BY_NEURON else values for key, values in tensors.items()}
+    )
 
 
 def choose_predictor(store: Store, requested: str) -> str:
@@ -99,12 +137,13 @@ def choose_predictor(store: Store, requested: str) -> str:
       InflashError: there is no such predictor.
     """
     if requested == "auto":
-        if not store.predictors:
+        usable = [name for name, info in store.predictors.items() if not info.ahead]
+        if not usable:
             raise InflashError(
-                f"{store.path}: this store has no predictor; use --ffn hybrid, or --predictor exact (keeps the up projection in memory)"
+                f"{store.path}: this store has no predictor; make one with inflash train-predictor, "
+                "use --ffn hybrid, or --predictor exact (keeps the up projection in memory)"
             )
-        # Trained ones know the model's real inputs, so the training-free one comes last.
-        return min(store.predictors, key=lambda name: (store.predictors[name].get("method") == "svd", name))
+        return min(usable, key=lambda name: (-_goodness(store.predictors[name].method), name))
     if requested not in ("exact", "none") and requested not in store.predictors:
         found = ", ".join(["exact", "none", *store.predictors])
         raise InflashError(f"{store.path}: predictor should be one of auto, {found}; found {requested!r}")
@@ -118,5 +157,16 @@ def predictor_bytes(store: Store, name: str, dtype: np.dtype) -> int:
         return 0
     if name == "exact":
         return config.num_layers * config.d_ff * config.d_model * dtype.itemsize
-    ranks = store.predictors[name].get("ranks", [])
-    return sum(rank * (config.d_model + config.d_ff) * dtype.itemsize + 4 * config.d_ff for rank in ranks)
+    return predictor_layout.predictor_bytes(config, store.predictors[name])
+
+
+def _goodness(method: str) -> int:
+    return _WORST_FIRST.index(method) if method in _WORST_FIRST else len(_WORST_FIRST)
+
+
+def _usable(values: np.ndarray) -> np.ndarray:
+    """An aligned copy; float16, which is 15 times slower on a CPU, as bfloat16."""
+    dtype = np.dtype(ml_dtypes.bfloat16) if values.dtype == np.float16 else values.dtype
+    copy = aligned_empty(values.shape, dtype)
+    copy[:] = values
+    return copy

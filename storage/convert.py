@@ -19,12 +19,13 @@ from .layout import (
     bundles_path,
     dtype_of,
     neuron_bytes,
-    predictor_specs,
     resident_bytes,
     resident_layers,
     resident_specs,
 )
-from .low_rank import default_rank, low_rank_predictor
+from .low_rank import WANTED_RECALL, default_rank, low_rank_predictor
+from .predictor_layout import LOW_RANK, PredictorInfo
+from .predictor_store import save_predictor_layer
 from .resident import save_tensors
 from .store import Store, StoreWriter, open_store, remove_leftovers, writing_store
 from .tokenizer_files import copy_tokenizer
@@ -162,11 +163,13 @@ def _write_predictor(source: CheckpointSource, writer: StoreWriter, layer: int, 
         rank,
         seed=layer,
     )
-    specs = predictor_specs(config.d_model, config.d_ff, rank, writer.dtype)
-    tensors = {"first": predictor.first, "second": predictor.second, "bias": predictor.bias, "threshold": predictor.threshold}
-    save_tensors(
-        writer.predictor_folder(PREDICTOR_NAME, layer),
-        specs,
-        lambda name: tensors[name].astype(dtype_of(next(spec.dtype for spec in specs if spec.name == name))),
-    )
-    writer.add_predictor(PREDICTOR_NAME, {"kind": "low_rank", "ranks": [rank] * config.num_layers, "method": "svd"})
+    info = PredictorInfo(kind=LOW_RANK, method="svd", ranks=(rank,) * config.num_layers, dtype=writer.dtype, recall=WANTED_RECALL)
+    dtype = dtype_of(writer.dtype)
+    tensors = {
+        "first": predictor.first.astype(dtype),
+        "second": predictor.second.astype(dtype),
+        "bias": predictor.bias,
+        "threshold": predictor.threshold,
+    }
+    save_predictor_layer(writer.predictor_folder(PREDICTOR_NAME), config, info, layer, tensors)
+    writer.add_predictor(PREDICTOR_NAME, info)

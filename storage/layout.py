@@ -32,7 +32,9 @@ PART_NAMES = {2: ("up", "down"), 3: ("gate", "up", "down")}
 
 
 def dtype_of(name: str) -> np.dtype:
-    """The NumPy dtype of a weight dtype's name."""
+    """The NumPy dtype of a stored tensor's dtype name: a weight dtype, or uint8 for packed bits."""
+    if name == "uint8":
+        return np.dtype(np.uint8)
     if name not in DTYPES:
         raise InflashError(f"dtype should be one of {', '.join(DTYPES)}, found {name!r}")
     return DTYPES[name]
@@ -163,17 +165,3 @@ def resident_bytes(config: ModelConfig, dtype: str) -> int:
 
 def neuron_bytes(config: ModelConfig, dtype: str) -> int:
     return config.num_layers * BundleLayout.of(config, dtype).layer_bytes
-
-
-def predictor_specs(d_model: int, d_ff: int, rank: int, dtype: str) -> tuple[TensorSpec, ...]:
-    """One layer of a low-rank predictor: active where `second @ (first @ h) + bias > threshold`.
-
-    `first` is the paper's A [R, D], `second` its B [F, R]. The bias [F] is added to the scores before the threshold [1] is applied.
-    Reference: arXiv:2312.11514, 3.1.
-    """
-    return (
-        TensorSpec(name="first", shape=(rank, d_model), dtype=dtype),
-        TensorSpec(name="second", shape=(d_ff, rank), dtype=dtype),
-        TensorSpec(name="bias", shape=(d_ff,), dtype="float32"),
-        TensorSpec(name="threshold", shape=(1,), dtype="float32"),
-    )

@@ -33,6 +33,7 @@ from .layout import (
     storage_dtype,
 )
 from .model_config import ModelConfig
+from .predictor_layout import PredictorInfo
 from .resident import Piece, load_tensors
 from .shard_index import open_raw_array, write_index
 
@@ -45,7 +46,7 @@ class Store:
     config: ModelConfig
     dtype: str
     source: str
-    predictors: dict[str, dict[str, Any]]
+    predictors: dict[str, PredictorInfo]
 
     @property
     def bundles(self) -> BundleLayout:
@@ -101,8 +102,13 @@ def open_store(path: Path) -> Store:
             config=ModelConfig.from_json(attributes["config"]),
             dtype=_known_dtype(attributes["dtype"]),
             source=str(attributes["source"]),
-            predictors={str(name): dict(description) for name, description in attributes.get("predictors", {}).items()},
+            predictors={
+                str(name): PredictorInfo.from_json(description, attributes["dtype"], attributes["config"]["num_layers"])
+                for name, description in attributes.get("predictors", {}).items()
+            },
         )
+    except InflashError as error:
+        raise InflashError(f"{path}/zarr.json: {error}") from error
     except KeyError as error:
         raise InflashError(f"{path}/zarr.json: the attribute {error} is missing; convert the model again") from error
     except (TypeError, ValueError, AttributeError) as error:
@@ -118,7 +124,7 @@ class StoreWriter:
         self.path, self.config, self.dtype, self._source = path, config, dtype, source
         self._group = zarr.open_group(str(path), mode="w", zarr_format=3)
         self._bundles = BundleLayout.of(config, dtype)
-        self._predictors: dict[str, dict[str, Any]] = {}
+        self._predictors: dict[str, Any] = {}
 
     def write_neurons(self, layer: int, blocks: Iterator[np.ndarray]) -> None:
         """Writes one layer's bundles from blocks [n, P, D] that follow each other; n may vary.
@@ -157,11 +163,11 @@ class StoreWriter:
     def resident_folder(self, layer: int | None) -> Path:
         return self.path / RESIDENT_FOLDER / resident_name(layer)
 
-    def predictor_folder(self, name: str, layer: int) -> Path:
-        return self.path / PREDICTORS_FOLDER / name / resident_name(layer)
+    def predictor_folder(self, name: str) -> Path:
+        return self.path / PREDICTORS_FOLDER / name
 
-    def add_predictor(self, name: str, description: dict[str, Any]) -> None:
-        self._predictors[name] = description
+    def add_predictor(self, name: str, info: PredictorInfo) -> None:
+        self._predictors[name] = info.to_json()
 
     def finish(self) -> None:
         """Writes the attributes: from here on the folder is a store."""
@@ -209,7 +215,7 @@ def writing_store(destination: Path, config: ModelConfig, dtype: str, source: st
         writer = StoreWriter(temporary, config, dtype, source)
         yield writer
         writer.finish()
-        _sync_tree(temporary)
+        sync_tree(temporary)
         temporary.rename(destination)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -223,7 +229,8 @@ def remove_leftovers(destination: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _sync_tree(folder: Path) -> None:
+def sync_tree(folder: Path) -> None:
+    """Returns when everything below the folder is on disk."""
     for path in [folder, *folder.rglob("*")]:
         descriptor = os.open(path, os.O_RDONLY)
         try:

@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import InflashError
-from .layout import bundles_path, checksums_path, neuron_order_path, predictor_specs, resident_layers, storage_dtype
+from .layout import bundles_path, checksums_path, neuron_order_path, resident_layers, storage_dtype
+from .predictor_store import load_predictor_layer
 from .readers import DirectReader, read_checksums, verify_blocks
-from .resident import load_tensors
 from .shard_index import RawArray, open_raw_array
 from .store import Store
 
@@ -30,9 +30,9 @@ def find_faults(store: Store, *, most: int = 10, progress: Callable[[int], objec
         progress(store.bundles.layer_bytes)
     for layer in resident_layers(store.config):
         faults += _guarded(_resident_faults, store, layer)
-    for name, description in store.predictors.items():
-        for layer, rank in enumerate(description.get("ranks", [])):
-            faults += _guarded(_predictor_faults, store, layer, name, rank)
+    for name in store.predictors:
+        for layer in range(store.config.num_layers):
+            faults += _guarded(_predictor_faults, store, layer, name)
     return faults[:most]
 
 
@@ -71,10 +71,8 @@ def _resident_faults(store: Store, layer: int | None) -> list[str]:
     return []
 
 
-def _predictor_faults(store: Store, layer: int, name: str, rank: int) -> list[str]:
-    specs = predictor_specs(store.config.d_model, store.config.d_ff, rank, store.dtype)
-    for _ in load_tensors(store.predictor_folder(name, layer), specs, verify=True):
-        pass
+def _predictor_faults(store: Store, layer: int, name: str) -> list[str]:
+    load_predictor_layer(store, name, layer, verify=True)
     return []
 
 

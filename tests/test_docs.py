@@ -15,7 +15,8 @@ import inflash
 from inflash.pipeline.batch_file import read_batch
 from inflash.storage.checkpoint import open_source
 from inflash.storage.convert import convert
-from inflash.storage.layout import predictor_specs, resident_layers, resident_specs
+from inflash.storage.layout import resident_layers, resident_specs
+from inflash.storage.predictor_layout import PredictorInfo, predictor_specs
 from inflash.storage.store import Store
 from inflash.tools import cli
 
@@ -99,8 +100,10 @@ def test_the_format_page_names_every_tensor(tmp_path: Path, variant: str) -> Non
     write_opt_checkpoint(tmp_path, variant=variant)
     with open_source(tmp_path) as source:
         specs = [spec for layer in resident_layers(source.config) for spec in resident_specs(source.config, layer, "float32")]
-        specs += predictor_specs(source.config.d_model, source.config.d_ff, 8, "float32")
-        keys = source.config.to_json()
+        low_rank = PredictorInfo(kind="low_rank", method="svd", ranks=(8,) * source.config.num_layers)
+        signs = PredictorInfo(kind="sign_bits", method="sign_bits")
+        specs += [spec for info in (low_rank, signs) for spec in predictor_specs(source.config, info, 0)]
+        keys = {**source.config.to_json(), **low_rank.to_json()}
     text = FORMAT.read_text()
     assert not [name for name in (*(spec.name for spec in specs), *keys) if f"`{name}`" not in text]
 

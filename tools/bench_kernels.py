@@ -25,7 +25,7 @@ from ..errors import InflashError
 from ..kernels.compilation import jit
 from ..kernels.decoder_layer import LayerShape, attention_decode
 from ..kernels.linear import linear
-from ..kernels.predictor import predict
+from ..kernels.predictor import predict_low_rank
 from ..kernels.sparse_ffn import block_ffn, gathered_ffn
 from .table import table
 
@@ -152,7 +152,7 @@ def _cases(weights: _Weights, batch: int) -> list[_Case]:
     ffn_bytes = weights.up.nbytes + weights.down.nbytes
     threshold = jnp.zeros(1, jnp.float32)
     dense = jit(partial(block_ffn, count=d_ff, compute_dtype="bfloat16"))
-    predicted = partial(jit(predict), x, weights.first, weights.second, weights.up_bias, threshold)
+    predicted = partial(jit(predict_low_rank), x, weights.first, weights.second, weights.up_bias, threshold)
     attention_bytes = weights.attention["qkv"].nbytes + weights.attention["attention_out"].nbytes
     return [
         _Case(

@@ -4,7 +4,8 @@ import argparse
 import json
 from typing import Any
 
-from ..storage.layout import FORMAT_VERSION, PREDICTORS_FOLDER, neuron_bytes, resident_bytes
+from ..storage.layout import FORMAT_VERSION, neuron_bytes, resident_bytes
+from ..storage.predictor_layout import SIGN_BITS, predictor_bytes
 from ..storage.store import Store, open_store
 
 
@@ -20,7 +21,7 @@ def describe(store: Store) -> dict[str, Any]:
     sizes = {
         "resident": resident_bytes(config, store.dtype),
         "neurons": neuron_bytes(config, store.dtype),
-        "predictors": {name: _folder_bytes(store, name) for name in store.predictors},
+        "predictors": {name: predictor_bytes(config, info) for name, info in store.predictors.items()},
     }
     return {
         "path": str(store.path),
@@ -31,7 +32,7 @@ def describe(store: Store) -> dict[str, Any]:
         "config": config.to_json(),
         "bundle_bytes": store.bundles.bundle_bytes,
         "bytes": sizes,
-        "predictors": store.predictors,
+        "predictors": {name: info.to_json() for name, info in store.predictors.items()},
         "tokenizer": (store.tokenizer_folder / "tokenizer.json").exists(),
     }
 
@@ -49,18 +50,21 @@ def as_text(document: dict[str, Any]) -> str:
         f"  neurons          {_mib(sizes['neurons'])} ({sizes['neurons'] / total:.0%})",
     ]
     for name, description in document["predictors"].items():
-        ranks = sorted(set(description.get("ranks", [])))
         size = sizes["predictors"][name]
-        lines.append(f"  predictor {name:6} {_mib(size)} ({size / total:.1%}), rank {', '.join(map(str, ranks))}")
+        lines.append(f"  predictor {name:6} {_mib(size)} ({size / total:.1%}), {_summary(description)}")
     if not document["predictors"]:
         lines.append("  predictors       none")
     lines.append(f"  format version   {document['format_version']}")
     return "\n".join(lines)
 
 
+def _summary(description: dict[str, Any]) -> str:
+    ranks = ", ".join(map(str, sorted(set(description["ranks"]))))
+    words = ["sign bits" if description["kind"] == SIGN_BITS else f"rank {ranks}"]
+    words += ["a layer ahead"] if description["ahead"] else []
+    words += [f"for recall {description['recall']:.3g}"] if description["recall"] else []
+    return ", ".join(words)
+
+
 def _mib(num_bytes: int) -> str:
     return f"{num_bytes / 2**20:10.1f} MiB"
-
-
-def _folder_bytes(store: Store, name: str) -> int:
-    return sum(file.stat().st_size for file in (store.path / PREDICTORS_FOLDER / name).rglob("*") if file.is_file())

@@ -5,7 +5,8 @@ import pytest
 
 from inflash.kernels import reference
 from inflash.kernels.compilation import jit
-from inflash.kernels.predictor import predict, predict_exact
+from inflash.kernels.predictor import low_rank_scores, predict_exact, predict_low_rank, sign_scores
+from inflash.storage.sign_bits import packed_signs
 
 
 @pytest.mark.parametrize("batch", [1, 4, 11])
@@ -20,7 +21,7 @@ def test_low_rank_agrees_away_from_the_threshold(batch, sizes, dtype):
     bias = rng.standard_normal(d_ff).astype(np.float32)
     threshold = rng.standard_normal(1).astype(np.float32)
     expected, margin = reference.predict(h.astype(dtype), first, second, bias, float(threshold[0]))
-    found = np.asarray(jit(predict)(h, jnp.asarray(first), jnp.asarray(second), bias, threshold))
+    found = np.asarray(jit(predict_low_rank)(h, jnp.asarray(first), jnp.asarray(second), bias, threshold))
     # Between the two products values of size 1 are rounded: 2**-9 in bfloat16, summed over the rank.
     clear = np.abs(margin) > (0.02 * rank**0.5 if dtype != np.float32 else 1e-4)
     assert found.dtype == bool and clear.mean() > 0.8
@@ -37,3 +38,26 @@ def test_exact_is_the_sign_of_the_up_projection(batch):
     found = np.asarray(jit(predict_exact)(h, up, bias))
     clear = np.abs(exact) > 1e-4
     np.testing.assert_array_equal(found[clear], exact[clear] > 0)
+
+
+@pytest.mark.parametrize("between", ["none", "relu"])
+def test_what_stands_between_the_products(between):
+    rng = np.random.default_rng()
+    h, first, second = (rng.standard_normal(shape).astype(np.float32) for shape in ((3, 64), (16, 64), (100, 16)))
+    bias = rng.standard_normal(100).astype(np.float32)
+    coordinates = h.astype(np.float64) @ first.T
+    expected = (np.maximum(coordinates, 0) if between == "relu" else coordinates) @ second.T + bias
+    found = jit(low_rank_scores, static_argnames="between")(h, first, second, bias, between=between)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("batch", [1, 3, 20])
+@pytest.mark.parametrize("sizes", [(64, 200), (100, 97), (5, 33)])
+def test_sign_bits_score_as_the_signs_do(batch, sizes):
+    rng = np.random.default_rng()
+    d_model, d_ff = sizes
+    up, h = rng.standard_normal((d_ff, d_model)), rng.standard_normal((batch, d_model)).astype(np.float32)
+    scale, bias = rng.uniform(0.1, 2, d_ff).astype(np.float32), rng.standard_normal(d_ff).astype(np.float32)
+    found = jit(sign_scores)(h, packed_signs(up), scale, bias)
+    expected = scale * (h.astype(np.float64) @ np.where(up > 0, 1, -1).T) + bias
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)

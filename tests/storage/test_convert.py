@@ -19,9 +19,10 @@ from inflash.errors import InflashError
 from inflash.storage import convert as convert_module
 from inflash.storage.checkpoint import open_source
 from inflash.storage.convert import bytes_to_write, cast_weights
-from inflash.storage.layout import DTYPES, bundles_path, predictor_specs, resident_layers
+from inflash.storage.layout import DTYPES, bundles_path, resident_layers
+from inflash.storage.predictor_layout import PredictorInfo
+from inflash.storage.predictor_store import load_predictor_layer
 from inflash.storage.readers import ZarrReader
-from inflash.storage.resident import load_tensors
 from inflash.storage.store import Store, open_store
 from inflash.storage.verify import find_faults
 
@@ -77,10 +78,11 @@ def test_dtypes_are_kept_or_cast(tmp_path: Path, source: str, target: str) -> No
 
 def test_the_predictor_is_of_the_stores_neurons(tmp_path: Path) -> None:
     store = make_store(tmp_path, dtype="bfloat16", predictor_rank=64, num_hidden_layers=2)  # 64 is d_model: nothing is lost
-    assert store.predictors == {"svd": {"kind": "low_rank", "ranks": [64, 64], "method": "svd"}}
+    assert store.predictors == {
+        "svd": PredictorInfo(kind="low_rank", method="svd", ranks=(64, 64), dtype="bfloat16", recall=0.99)
+    }
     for layer in range(2):
-        specs = predictor_specs(64, 256, 64, "bfloat16")
-        tensors = {piece.spec.name: rows for piece, rows in load_tensors(store.predictor_folder("svd", layer), specs)}
+        tensors = load_predictor_layer(store, "svd", layer)
         product = tensors["second"].astype(np.float32) @ tensors["first"].astype(np.float32)
         up = bundles_of(store, layer)[:, 0].astype(np.float32)
         assert np.abs(product - up).max() < 0.03 * np.abs(up).max()  # bfloat16 keeps 8 bits
