@@ -64,7 +64,7 @@ def block_ffn(
     num_rows = up.shape[0]
     if isinstance(count, int) and count == num_rows and x.shape[0] > FEW_ROWS:
         keep = jnp.ones((1, 1), bool) if predicted is None else predicted
-        return _add_all(accumulator, x, up, down, up_bias, keep, jnp.dtype(compute_dtype))
+        return _add_all(accumulator, x, up, down, up_bias, keep, jnp.dtype(compute_dtype))[0]
     padding = (0, -num_rows % _ROWS_TOGETHER)
     real = jnp.arange(num_rows + padding[1]) < count
     slots = lax.optimization_barrier(jnp.where(real, jnp.arange(len(real)), 0))
@@ -72,6 +72,27 @@ def block_ffn(
     up_bias = jnp.pad(up_bias, padding)
     total = _add_slots(accumulator, x, up, down, slots, up_bias, keep, jnp.dtype(compute_dtype))
     return jnp.where(jnp.asarray(count) > 0, total, accumulator)
+
+
+def observed_block_ffn(
+    accumulator: jax.Array,  # [B, D] f32
+    x: jax.Array,  # [B, D] f32
+    up: jax.Array,  # [n, D]
+    down: jax.Array,  # [n, D]
+    up_bias: jax.Array,  # [n] f32
+    count: jax.Array,  # real rows of the block
+    predicted: jax.Array | None = None,  # [B, n] bool; None: all
+    *,
+    compute_dtype: jax.typing.DTypeLike,
+) -> tuple[jax.Array, jax.Array]:
+    """`block_ffn` for many tokens, and which neurons each of them activates, predicted or not: [B, D] f32 and [B, n] bool."""
+    compute = jnp.dtype(compute_dtype)
+    real = jnp.arange(up.shape[0]) < count
+    slots = lax.optimization_barrier(jnp.where(real, jnp.arange(len(real)), 0))
+    keep = real[None] if predicted is None else real[None] & predicted
+    up_rows, down_rows = (_gathered(matrix, slots, compute)(0, len(real)) for matrix in (up, down))
+    total, active = _add_all(accumulator, x, up_rows, down_rows, up_bias, keep, compute)
+    return jnp.where(count > 0, total, accumulator), active & real[None]
 
 
 def _add_slots(
@@ -88,7 +109,7 @@ def _add_slots(
     num_rows = slots.shape[0]
     if x.shape[0] > FEW_ROWS:
         up_rows, down_rows = (_gathered(matrix, slots, compute)(0, num_rows) for matrix in (up, down))
-        return _add_all(accumulator, x, up_rows, down_rows, bias, keep, compute)
+        return _add_all(accumulator, x, up_rows, down_rows, bias, keep, compute)[0]
     hidden = dot_rows(rounded(x, compute), _gathered(up, slots, compute), num_rows)
     hidden = rounded(jnp.where(keep, jax.nn.relu(hidden + bias[None]), 0.0), compute)
     mixed: list[jax.Array] = []
@@ -107,14 +128,15 @@ def _add_all(
     bias: jax.Array,  # [K] f32
     keep: jax.Array,  # [B, K] bool, or broadcastable to it
     compute: jnp.dtype,
-) -> jax.Array:
-    """The accumulator plus all the given rows' neurons, for many tokens: two matrix products."""
-    hidden = jnp.where(keep, jax.nn.relu(linear(x, up, bias, compute_dtype=compute)), 0.0)
+) -> tuple[jax.Array, jax.Array]:
+    """The accumulator plus all the given rows' neurons, for many tokens: two matrix products. Also what the ReLU lets through, [B, K]."""
+    inputs = linear(x, up, bias, compute_dtype=compute)
+    hidden = jnp.where(keep, jax.nn.relu(inputs), 0.0)
     # The barrier keeps the transpose inside `linear` out of this product, which XLA could not run on 16-bit operands.
     hidden = lax.optimization_barrier(hidden.astype(compute))
     contract_rows = (((1,), (0,)), ((), ()))
     mixed = lax.dot_general(hidden, down.astype(compute), contract_rows, preferred_element_type=jnp.float32)
-    return accumulator + mixed
+    return accumulator + mixed, inputs > 0
 
 
 def _gathered(pool: jax.Array, slots: jax.Array, compute: jnp.dtype) -> Rows:

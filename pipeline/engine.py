@@ -53,6 +53,8 @@ class Engine:
       times: what the run has cost so far.
       num_seqs: B, set by `prepare`.
       capacity: C, set by `prepare`.
+      weights, matrices, prompt_ffn, shape, compute: what is resident, where matrices and neurons come from, the layers' static shape
+        and the products' dtype, for passes over a model that go another way than `process_prompts` and `decode`.
     """
 
     def __init__(self, store: Store, options: EngineOptions) -> None:
@@ -65,17 +67,17 @@ class Engine:
         self.times = StepTimes()
         self.num_seqs = self.capacity = 0
         self._closed = False
-        self._compute = compute_dtype(options.compute_dtype, store.dtype)
-        self._shape = LayerShape(
+        self.compute = compute_dtype(options.compute_dtype, store.dtype)
+        self.shape = LayerShape(
             num_heads=store.config.num_heads,
             norm_first=store.config.norm_first,
             norm_epsilon=store.config.norm_epsilon,
-            compute_dtype=self._compute.name,
+            compute_dtype=self.compute.name,
         )
         self.predictor_name = choose_predictor(store, options.predictor) if options.ffn == "sparse" else None
         skip = STREAMED_NAMES if options.ffn == "naive" else frozenset()
         self._check_memory(skip)
-        self._weights = load_weights(store, self._compute, skip, verify=options.verify)
+        self.weights = load_weights(store, self.compute, skip, verify=options.verify)
         self._open()
 
     def _check_memory(self, skip: frozenset[str]) -> None:
@@ -83,10 +85,10 @@ class Engine:
         slots = {"sparse": options.cache_slots(config.d_ff), "resident": config.d_ff}.get(options.ffn, 0)
         advice = "use --ffn hybrid, a smaller --cache-neurons, or a machine with more memory"
         self._memory_parts = {
-            "attention and embeddings": loaded_bytes(self.store, self._compute, skip),
+            "attention and embeddings": loaded_bytes(self.store, self.compute, skip),
             "neurons": slots * bundles.bundle_bytes * config.num_layers,
             "buffers": self._buffer_bytes(),
-            "predictor": predictor_bytes(self.store, self.predictor_name or "none", self._compute),
+            "predictor": predictor_bytes(self.store, self.predictor_name or "none", self.compute),
             "program": program_bytes(options.loaders),
         }
         check_fits(self._memory_parts, advice)
@@ -101,9 +103,9 @@ class Engine:
     def _open(self) -> None:
         options, plan = self.options, SlabPlan()
         regions = LoaderPool.reserve(plan, options.loaders, self.config.d_ff)
-        naive = StreamedMatrices(self.store, plan, self._weights, self._shape) if options.ffn == "naive" else None
-        self._matrices: MatrixSource = naive or ResidentMatrices(self.store, self._weights, self._shape)
-        self._prompt_ffn, self._decode_ffn = self._make_feed_forward(plan)
+        naive = StreamedMatrices(self.store, plan, self.weights, self.shape) if options.ffn == "naive" else None
+        self.matrices: MatrixSource = naive or ResidentMatrices(self.store, self.weights, self.shape)
+        self.prompt_ffn, self._decode_ffn = self._make_feed_forward(plan)
         probe = NeuronRows(plan, self.store.bundles, 1)
         self._slab = Slab(plan.num_bytes)
         try:
@@ -121,7 +123,7 @@ class Engine:
             self._slab.close()
             raise
         try:
-            for part in {id(part): part for part in (naive, self._prompt_ffn, self._decode_ffn) if part}.values():
+            for part in {id(part): part for part in (naive, self.prompt_ffn, self._decode_ffn) if part}.values():
                 part.bind(self._slab, self._pool)
             self._predictor = self._make_predictor()
         except BaseException:
@@ -130,23 +132,23 @@ class Engine:
 
     def _make_feed_forward(self, plan: SlabPlan) -> tuple[FeedForward, FeedForward]:
         """For prompts and for decoding steps."""
-        mode, up_bias = self.options.ffn, self._weights.up_bias
+        mode, up_bias = self.options.ffn, self.weights.up_bias
         if mode == "resident":
-            resident = ResidentFeedForward(self.store, plan, up_bias, self._compute)
+            resident = ResidentFeedForward(self.store, plan, up_bias, self.compute)
             return resident, resident
-        streamed = StreamedFeedForward(self.store, plan, up_bias, self._compute, cyclic=mode != "sparse")
+        streamed = StreamedFeedForward(self.store, plan, up_bias, self.compute, cyclic=mode != "sparse")
         if mode == "sparse":
-            return streamed, CachedFeedForward(self.store, plan, up_bias, self._compute, self.options)
+            return streamed, CachedFeedForward(self.store, plan, up_bias, self.compute, self.options)
         return streamed, streamed
 
     def _make_predictor(self) -> Predictor | None:
         if self.predictor_name is None:
             return None
-        assert isinstance(self._prompt_ffn, StreamedFeedForward) and isinstance(self._decode_ffn, CachedFeedForward)
+        assert isinstance(self.prompt_ffn, StreamedFeedForward) and isinstance(self._decode_ffn, CachedFeedForward)
         if self.predictor_name == "none":
             predictor: Predictor = AllNeurons(self.config.d_ff)
         elif self.predictor_name == "exact":
-            predictor = ExactPredictor(self._weights, self._prompt_ffn.up_rows)
+            predictor = ExactPredictor(self.weights, self.prompt_ffn.up_rows)
         else:
             predictor = StoredPredictor(self.store, self.predictor_name, verify=self.options.verify)
         self._decode_ffn.observe(self.times)
@@ -186,7 +188,7 @@ class Engine:
             hidden = zeros((self.num_seqs, self.config.d_model))
             for chunk, x in zip(chunks, outputs, strict=True):  # a sequence's last chunk comes last
                 hidden = _put_row(hidden, x, np.int32(chunk.count - 1), np.int32(chunk.sequence))
-            (logits,) = self._matrices.logits([hidden])
+            (logits,) = self.matrices.logits([hidden])
             return logits.block_until_ready()
 
     def all_logits(self, token_ids: np.ndarray) -> np.ndarray:
@@ -194,7 +196,7 @@ class Engine:
         self.prepare(max(self.num_seqs, 1), max(len(token_ids), min(self.capacity, self.config.max_positions)))
         with self._timed_prompt(len(token_ids)):
             chunks = split_prompt(0, token_ids)
-            logits = self._matrices.logits(self._run_chunks(chunks, predict=True))
+            logits = self.matrices.logits(self._run_chunks(chunks, predict=True))
             parts = [np.asarray(rows)[: chunk.count] for chunk, rows in zip(chunks, logits, strict=True)]
             return np.concatenate(parts)
 
@@ -211,18 +213,18 @@ class Engine:
         """
         with self._timed_step(int(active.sum())):
             bound = fitting(int(positions.max()) + 1, doublings(SMALLEST_CAPACITY, self.capacity))
-            x = self._matrices.embed(token_ids, positions)
+            x = self.matrices.embed(token_ids, positions)
             before = None
             for layer in range(self.config.num_layers):
-                weights = self._matrices.take_attention(layer)
+                weights = self.matrices.take_attention(layer)
                 residual, ffn_in, self._keys[layer], self._values[layer] = _attention_decode(  # A
-                    x, weights, self._keys[layer], self._values[layer], positions, self._shape, num_positions=bound
+                    x, weights, self._keys[layer], self._values[layer], positions, self.shape, num_positions=bound
                 )
-                self._matrices.give_back_attention(layer, residual)
+                self.matrices.give_back_attention(layer, residual)
                 tile = self._predicting(layer, Tile(residual=residual, ffn_in=ffn_in, active=active), before)
                 (x,) = self._decode_ffn.add_neurons(layer, [tile])  # B to F
-                x, before = self._after(layer, x), tile
-            (logits,) = self._matrices.logits([x])  # H
+                x, before = self.after_ffn(layer, x), tile
+            (logits,) = self.matrices.logits([x])  # H
             return logits.block_until_ready()
 
     def memory_bytes(self) -> dict[str, int]:
@@ -253,18 +255,18 @@ class Engine:
     def _run_chunks(self, chunks: Sequence[Chunk], *, predict: bool = False) -> list[jax.Array]:
         """The last layer's outputs, [T, D] a chunk."""
         outputs = [
-            self._matrices.embed(chunk.token_ids, np.arange(chunk.start, chunk.start + len(chunk.token_ids), dtype=np.int32))
+            self.matrices.embed(chunk.token_ids, np.arange(chunk.start, chunk.start + len(chunk.token_ids), dtype=np.int32))
             for chunk in chunks
         ]
         before: Sequence[Tile | None] = [None] * len(chunks)
         for layer in range(self.config.num_layers):
-            weights = self._matrices.take_attention(layer)
+            weights = self.matrices.take_attention(layer)
             tiles = [self._attend(layer, weights, chunk, x) for chunk, x in zip(chunks, outputs, strict=True)]
-            self._matrices.give_back_attention(layer, tiles[-1].residual)
+            self.matrices.give_back_attention(layer, tiles[-1].residual)
             if predict:
                 tiles = [self._predicting(layer, tile, last) for tile, last in zip(tiles, before, strict=True)]
                 before = tiles
-            outputs = [self._after(layer, x) for x in self._prompt_ffn.add_neurons(layer, tiles)]
+            outputs = [self.after_ffn(layer, x) for x in self.prompt_ffn.add_neurons(layer, tiles)]
         return outputs
 
     def _attend(self, layer: int, weights: dict[str, jax.Array], chunk: Chunk, x: jax.Array) -> Tile:
@@ -276,7 +278,7 @@ class Engine:
             np.int32(chunk.sequence),
             np.int32(chunk.start),
             np.int32(chunk.count),
-            self._shape,
+            self.shape,
         )
         return Tile(residual=residual, ffn_in=ffn_in, active=np.arange(len(x)) < chunk.count)
 
@@ -287,31 +289,32 @@ class Engine:
         read = before.ffn_in if self._predictor.ahead and before is not None else tile.ffn_in
         return replace(tile, predicted=self._predictor.predict(layer, read))
 
-    def _after(self, layer: int, x: jax.Array) -> jax.Array:
-        return x if self._shape.norm_first else _after_ffn(x, self._weights.layers[layer], self._shape)
+    def after_ffn(self, layer: int, x: jax.Array) -> jax.Array:
+        """What follows the layer's neurons, [B, D] to [B, D]: the post-LN norm, or nothing."""
+        return x if self.shape.norm_first else _after_ffn(x, self.weights.layers[layer], self.shape)
 
     def _warm_up(self) -> None:
         """Compiles every kernel for this batch and capacity by running it once, on layer 0 and on nothing."""
-        weights = self._matrices.example_attention()
+        weights = self.matrices.example_attention()
         nothing = np.zeros(self.num_seqs, np.int32)
         x = zeros((self.num_seqs, self.config.d_model))
         for bound in doublings(SMALLEST_CAPACITY, self.capacity):
             # The last position below the bound: no token that is there yet can see it.
             _, _, self._keys[0], self._values[0] = _attention_decode(
-                x, weights, self._keys[0], self._values[0], nothing + bound - 1, self._shape, num_positions=bound
+                x, weights, self._keys[0], self._values[0], nothing + bound - 1, self.shape, num_positions=bound
             )
-        self._after(0, x)
+        self.after_ffn(0, x)
         tile = Tile(residual=x, ffn_in=x, active=nothing > 0)
         for layer in reversed(range(self.config.num_layers)):  # ranks may differ from layer to layer
             tile = self._predicting(layer, tile, None)
         self._decode_ffn.warm_up(tile)
-        self._matrices.warm_up(x)
+        self.matrices.warm_up(x)
         for size in CHUNK_SIZES:
             chunk = Chunk(0, 0, 0, np.zeros(size, np.int32))
             tile = self._attend(0, weights, chunk, zeros((size, self.config.d_model)))
-            self._prompt_ffn.warm_up(tile)
-            self._after(0, tile.residual)
-            self._matrices.embed(chunk.token_ids, chunk.token_ids)
+            self.prompt_ffn.warm_up(tile)
+            self.after_ffn(0, tile.residual)
+            self.matrices.embed(chunk.token_ids, chunk.token_ids)
             _put_row(x, tile.residual, np.int32(0), np.int32(0))
 
     @contextmanager

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..kernels.compilation import jit
-from ..kernels.sparse_ffn import block_ffn, gathered_ffn
+from ..kernels.sparse_ffn import block_ffn, gathered_ffn, observed_block_ffn
 from ..storage.store import Store
 from .block_stream import BlockStream
 from .fixed_shapes import SMALLEST_GATHER, doublings, fitting, padded
@@ -28,6 +28,7 @@ STREAM_BLOCK_BYTES = 8 << 20  # at 2 GB/s the disk takes 4 ms for it: a thousand
 STREAM_BUFFERS = 4
 
 _block = jit(block_ffn, static_argnames=("compute_dtype",))
+_observed_block = jit(observed_block_ffn, static_argnames=("compute_dtype",))
 _gathered = jit(gathered_ffn, static_argnames=("compute_dtype",))
 _columns = jit(lambda predicted, start, length: jax.lax.dynamic_slice_in_dim(predicted, start, length, 1), static_argnums=2)
 _needed = jit(lambda predicted, active: (predicted & active[:, None], jnp.any(predicted & active[:, None], axis=0)))
@@ -95,24 +96,40 @@ class StreamedFeedForward:
 
     def add_neurons(self, layer: int, tiles: Sequence[Tile]) -> list[jax.Array]:
         sums = [tile.residual for tile in tiles]
-        masks = [None if tile.predicted is None else jnp.pad(tile.predicted, ((0, 0), (0, self._padding))) for tile in tiles]
+        masks = self._padded_masks(tiles)
         for block in range(self._blocks):
             buffer = self._stream.take(layer * self._blocks + block)
-            rows = self._buffers[buffer]
             for number, tile in enumerate(tiles):
-                mask = masks[number]
-                sums[number] = _block(
-                    sums[number],
-                    tile.ffn_in,
-                    rows.up,
-                    rows.down,
-                    self._block_bias[layer][block],
-                    np.int32(self._count(block)),
-                    None if mask is None else _columns(mask, np.int32(block * self._length), self._length),
-                    compute_dtype=self._compute,
-                )
+                arguments = self._block_arguments(layer, block, buffer, masks[number])
+                sums[number] = _block(sums[number], tile.ffn_in, *arguments, compute_dtype=self._compute)
             self._stream.give_back(buffer, sums[-1])
         return sums
+
+    def observe_neurons(self, layer: int, tiles: Sequence[Tile]) -> tuple[list[jax.Array], list[np.ndarray]]:
+        """`add_neurons`, and which neurons each token activates, predicted or not: [T, F] bool for each tile."""
+        sums = [tile.residual for tile in tiles]
+        active = [np.empty((len(tile.active), self._d_ff), bool) for tile in tiles]
+        masks = self._padded_masks(tiles)
+        for block in range(self._blocks):
+            buffer = self._stream.take(layer * self._blocks + block)
+            seen = []
+            for number, tile in enumerate(tiles):
+                arguments = self._block_arguments(layer, block, buffer, masks[number])
+                sums[number], observed = _observed_block(sums[number], tile.ffn_in, *arguments, compute_dtype=self._compute)
+                seen.append(observed)
+            self._stream.give_back(buffer, sums[-1])
+            columns = slice(block * self._length, block * self._length + self._count(block))
+            for rows, observed in zip(active, seen, strict=True):
+                rows[:, columns] = np.asarray(observed)[:, : self._count(block)]
+        return sums, active
+
+    def _padded_masks(self, tiles: Sequence[Tile]) -> list[jax.Array | None]:
+        return [None if tile.predicted is None else jnp.pad(tile.predicted, ((0, 0), (0, self._padding))) for tile in tiles]
+
+    def _block_arguments(self, layer: int, block: int, buffer: int, mask: jax.Array | None) -> tuple:
+        rows = self._buffers[buffer]
+        columns = None if mask is None else _columns(mask, np.int32(block * self._length), self._length)
+        return rows.up, rows.down, self._block_bias[layer][block], np.int32(self._count(block)), columns
 
     def warm_up(self, tile: Tile) -> None:
         rows, bias = self._buffers[0], self._block_bias[0][0]

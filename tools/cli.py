@@ -85,6 +85,59 @@ custom_id. A run that was interrupted goes on where it was when the same command
   inflash run-batch -i requests.jsonl -o responses.jsonl --model ./opt-6.7b.inflash --cache-neurons 0.15
 """,
     ),
+    "train-predictor": Command(
+        module="train_predictor",
+        summary="make a predictor of active neurons for a store, from text",
+        add_arguments=flags.add_train_predictor,
+        details="""\
+Runs the model over the text, one layer at a time, and fits each layer's predictor to which neurons were active. An eighth of the text is
+held out to set the thresholds. A run that was killed goes on where it was when the same command is given again.
+
+  inflash train-predictor ./opt-6.7b.inflash --text wiki.txt
+  inflash train-predictor ./opt-6.7b.inflash --text books/*.txt --tokens 200000 --recall 0.97 --look-ahead
+  inflash train-predictor ./opt-6.7b.inflash --method weighted-svd
+""",
+    ),
+    "eval": Command(
+        module="evaluate",
+        summary="judge predictors: quality beside the dense model, recall, neurons named",
+        add_arguments=flags.add_eval,
+        details="""\
+Runs the model over the text, dense and with each predictor, and compares. Use text that the predictor was not trained on.
+
+  inflash eval ./opt-6.7b.inflash --text held-out.txt --plot eval.png
+  inflash eval ./opt-6.7b.inflash --text held-out.txt --predictor trained --predictor svd --decode 64
+  inflash eval ./opt-6.7b.inflash --tasks my_task --include-path ./tasks --predictor trained
+""",
+    ),
+    "import-predictor": Command(
+        module="import_predictor",
+        summary="add a predictor that was made elsewhere to a store",
+        add_arguments=flags.add_import_predictor,
+        details="""\
+SRC is one of these; which one is seen from the tensors' names:
+
+  PowerInfer   a folder of model_0.pt, model_1.pt, ... with fc1.weight and fc2.weight; sparse_threshold in config.json counts
+  Deja Vu      a folder of files such as mlp_layer0.pt, one a layer, with 0.weight and 1.weight
+  inflash      a .safetensors file of inflash export-predictor, from a store of the same model
+
+PyTorch's files need the extra inflash[torch]. Only tensors are read from them: nothing in a pickle runs.
+
+  inflash import-predictor ./opt-6.7b.inflash ./opt-6.7b-predictor --name power-infer
+  inflash import-predictor ./opt-6.7b.inflash trained.safetensors
+""",
+    ),
+    "export-predictor": Command(
+        module="export_predictor",
+        summary="write a store's predictor to one file, to share it",
+        add_arguments=flags.add_export_predictor,
+        details="""\
+The file holds the predictor alone, with checksums, none of the model's weights. It fits every store of the same model, whatever its
+dtype.
+
+  inflash export-predictor ./opt-6.7b.inflash trained trained.safetensors
+""",
+    ),
     "demo": Command(
         module="demo",
         summary="see it work on the small model that comes with inflash",

@@ -1,0 +1,168 @@
+"""A model over many windows of text, one layer at a time: for models of any size, whose layers need not be in memory together.
+
+Axes: W windows of a group, C tokens of a window, T tokens of a chunk, D d_model, F d_ff, V vocabulary.
+
+Decoding goes through all layers for a token. Here all text goes through a layer before the next one is read, so that memory holds one
+layer's attention, a few blocks of neurons, and one window's keys and values; hidden states wait on disk, the caller's to keep.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+
+from ..kernels.compilation import jit
+from ..kernels.decoder_layer import attention_chunk
+from ..storage.store import Store
+from .engine import Engine
+from .feed_forward import StreamedFeedForward, Tile
+from .fixed_shapes import capacity_for, split_prompt
+from .options import EngineOptions
+from .predictors import LayerPredictor
+from .weights import on_device, zeros
+
+GROUP_TOKENS = 2048
+"""Tokens for which a layer's neurons are streamed once: enough that computing takes longer than reading."""
+
+_attention_chunk = jit(attention_chunk, static_argnames=("shape", "num_positions"), donate_argnames=("keys", "values"))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerOutput:
+    """What a layer did to some windows.
+
+    Attributes:
+      hidden: [W, C, D] f32, its output.
+      ffn_in: [W, C, D] f32, what its neurons read.
+      active: [W, C, F] bool, the neurons that the ReLU let through, in the order of the store.
+    """
+
+    hidden: np.ndarray
+    ffn_in: np.ndarray
+    active: np.ndarray
+
+
+class LayerwisePass:
+    """A context manager over its own loaders. Layers are to be taken in ascending order, as often as wanted.
+
+    Attributes:
+      store: the model.
+      engine: what it computes with.
+      group: windows to give to `run` at once.
+    """
+
+    def __init__(
+        self, store: Store, context: int, *, compute_dtype: str = "auto", loaders: int = 2, loader_threads: int = 4
+    ) -> None:
+        """Starts the loaders.
+
+        Raises:
+          InflashError: even one layer does not fit into memory.
+        """
+        self.store = store
+        options = EngineOptions(ffn="naive", compute_dtype=compute_dtype, loaders=loaders, loader_threads=loader_threads)
+        self.engine = Engine(store, options)
+        assert isinstance(self.engine.prompt_ffn, StreamedFeedForward)
+        self._ffn = self.engine.prompt_ffn
+        self.group = max(1, GROUP_TOKENS // context)
+        shape = (1, store.config.num_heads, capacity_for(context), store.config.head_dim)
+        self._keys, self._values = zeros(shape), zeros(shape)
+        self._newest = zeros((1,))  # what was last computed with attention weights
+
+    def embed(self, token_ids: np.ndarray) -> np.ndarray:
+        """[W, C] int32 to the first layer's input, [W, C, D] f32."""
+        rows = []
+        for window in token_ids:
+            for chunk in split_prompt(0, window):
+                positions = np.arange(chunk.start, chunk.start + len(chunk.token_ids), dtype=np.int32)
+                rows.append(np.asarray(self.engine.matrices.embed(chunk.token_ids, positions))[: chunk.count])
+        return np.concatenate(rows).reshape(*token_ids.shape, -1)
+
+    @contextmanager
+    def attention(self, layer: int) -> Iterator[dict[str, jax.Array]]:
+        """The layer's attention weights in memory, for `run`."""
+        weights = self.engine.matrices.take_attention(layer)
+        yield weights
+        self.engine.matrices.give_back_attention(layer, self._newest)
+
+    def run(
+        self,
+        layer: int,
+        weights: dict[str, jax.Array],
+        hidden: np.ndarray,
+        predictor: LayerPredictor | None = None,
+        before: np.ndarray | None = None,
+    ) -> LayerOutput:
+        """A group of windows through a layer.
+
+        Args:
+          layer: its number.
+          weights: of `attention`.
+          hidden: [W, C, D] f32, its input.
+          predictor: each token's neurons are those that it names; None: all.
+          before: [W, C, D] f32, what the predictor reads, where that is not this layer's own FFN input.
+        """
+        tiles = []
+        for number, window in enumerate(hidden):
+            for chunk in split_prompt(0, np.zeros(len(window), np.int32)):
+                rows = slice(chunk.start, chunk.start + chunk.count)
+                size = len(chunk.token_ids)
+                residual, ffn_in, self._keys, self._values = _attention_chunk(
+                    _padded(window[rows], size),
+                    weights,
+                    self._keys,
+                    self._values,
+                    np.int32(0),
+                    np.int32(chunk.start),
+                    np.int32(chunk.count),
+                    self.engine.shape,
+                )
+                predicted = None
+                if predictor is not None:
+                    predicted = predictor.predict(ffn_in if before is None else _padded(before[number][rows], size))
+                active = np.arange(size) < chunk.count
+                tiles.append(Tile(residual=residual, ffn_in=ffn_in, active=active, predicted=predicted))
+        self._newest = tiles[-1].residual
+        outputs, active = self._ffn.observe_neurons(layer, tiles)
+        outputs = [self.engine.after_ffn(layer, x) for x in outputs]
+        counts = [int(tile.active.sum()) for tile in tiles]
+
+        def joined(parts: list) -> np.ndarray:
+            rows = [np.asarray(part)[:count] for part, count in zip(parts, counts, strict=True)]
+            return np.concatenate(rows).reshape(*hidden.shape[:2], -1)
+
+        return LayerOutput(hidden=joined(outputs), ffn_in=joined([tile.ffn_in for tile in tiles]), active=joined(active))
+
+    def logits(self, windows: list[np.ndarray]) -> list[np.ndarray]:
+        """From the last layer's outputs [C, D], each, to logits [C, V] f32; the head is streamed once for all of them."""
+        chunks = [(number, chunk) for number, x in enumerate(windows) for chunk in split_prompt(0, np.zeros(len(x), np.int32))]
+        tiles = [_padded(windows[n][chunk.start : chunk.start + chunk.count], len(chunk.token_ids)) for n, chunk in chunks]
+        rows = self.engine.matrices.logits(tiles)
+        parts: list[list[np.ndarray]] = [[] for _ in windows]
+        for (number, chunk), values in zip(chunks, rows, strict=True):
+            parts[number].append(np.asarray(values)[: chunk.count])
+        return [np.concatenate(part) for part in parts]
+
+    def up_rows(self, layer: int) -> np.ndarray:
+        """[F, D] the layer's up projection, neurons in the order of the store."""
+        return self._ffn.up_rows(layer)
+
+    def up_bias(self, layer: int) -> np.ndarray:
+        """[F] f32, neurons in the order of the store."""
+        return self.engine.weights.up_bias[layer]
+
+    def close(self) -> None:
+        self.engine.close()
+
+    def __enter__(self) -> "LayerwisePass":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _padded(rows: np.ndarray, size: int) -> jax.Array:
+    """[size, D] on the device: the rows, then zeros."""
+    return on_device(rows if len(rows) == size else np.pad(rows, ((0, size - len(rows)), (0, 0))))

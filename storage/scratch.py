@@ -1,0 +1,80 @@
+"""Arrays that may exceed memory, on disk while a job runs: what the model computes for each window of text.
+
+Axes: W windows, C tokens of a window, D d_model, F d_ff.
+
+Zarr arrays with a window a chunk, so that windows are written and read whole. They are scratch: nothing else reads them.
+"""
+
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+from numcodecs import PackBits
+
+_BITS_HEADER = 1  # byte that PackBits puts before the bits
+
+
+class WindowArray:
+    """Floats on disk.
+
+    Attributes:
+      shape: (W, C, D).
+    """
+
+    def __init__(self, folder: Path, shape: tuple[int, int, int], dtype: str) -> None:
+        """Opens the array in `folder`, or makes it. `dtype` is "float32" or "bfloat16", whose bits Zarr keeps as uint16."""
+        self.shape = shape
+        self._bits = dtype == "bfloat16"
+        self._array = _open(folder, shape, np.dtype(np.uint16 if self._bits else np.float32), compressed=False)
+
+    def write(self, first: int, values: np.ndarray) -> None:
+        """Writes windows [n, C, D] from `first` on."""
+        if self._bits:
+            values = values.astype(ml_dtypes.bfloat16).view(np.uint16)
+        self._array[first : first + len(values)] = values
+
+    def read(self, first: int, last: int) -> np.ndarray:
+        """Windows first (inclusive) to last (exclusive), [n, C, D] float32."""
+        values = np.asarray(self._array[first:last])
+        return values.view(ml_dtypes.bfloat16).astype(np.float32) if self._bits else values
+
+
+class BitArray:
+    """Booleans on disk, eight to a byte.
+
+    Attributes:
+      shape: (W, C, F).
+    """
+
+    def __init__(self, folder: Path, shape: tuple[int, int, int]) -> None:
+        """Opens the array in `folder`, or makes it."""
+        self.shape = shape
+        self._codec = PackBits()
+        packed = -(-shape[1] * shape[2] // 8) + _BITS_HEADER
+        self._array = _open(folder, (shape[0], packed), np.dtype(np.uint8), compressed=True)
+
+    def write(self, first: int, values: np.ndarray) -> None:
+        """Writes windows [n, C, F] from `first` on."""
+        packed = [np.frombuffer(self._codec.encode(np.ascontiguousarray(window)), np.uint8) for window in values]
+        self._array[first : first + len(values)] = np.stack(packed)
+
+    def read(self, first: int, last: int) -> np.ndarray:
+        """Windows first (inclusive) to last (exclusive), [n, C, F] bool."""
+        rows = np.asarray(self._array[first:last])
+        return np.stack([np.asarray(self._codec.decode(row)).view(bool).reshape(self.shape[1:]) for row in rows])
+
+
+def _open(folder: Path, shape: tuple[int, ...], dtype: np.dtype, *, compressed: bool):
+    import zarr
+
+    if (folder / "zarr.json").exists():
+        return zarr.open_array(str(folder), mode="r+")
+    return zarr.create_array(
+        str(folder),
+        shape=shape,
+        dtype=dtype,
+        chunks=(1, *shape[1:]),
+        compressors="auto" if compressed else None,
+        filters=None,
+        fill_value=0,
+    )
