@@ -289,8 +289,9 @@ def moments(pairs: Pairs) -> Moments:
 
 def _step(optimiser, parameters: Parameters, state, inputs, active, share):
     gradients = jax.grad(balanced_loss)(parameters, inputs, active, share)
-    updates, state = optimiser.update(gradients, state, parameters)
-    return optax.apply_updates(parameters, updates), state
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # whatever the caller's: optax needs it
+        updates, state = optimiser.update(gradients, state, parameters)
+        return optax.apply_updates(parameters, updates), state
 
 
 _loss = jit(balanced_loss)

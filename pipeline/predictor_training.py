@@ -116,7 +116,7 @@ def train_predictor(
             check_name(store, name, replace=options.replace or (folder / "job.json").exists())
         windows = _resume(folder, _job(store, text, options), make_windows, options.restart)
         trained = _Training(store, folder, windows, options, report).run()
-        shutil.rmtree(folder)
+        _clear(folder)
     return trained
 
 
@@ -130,8 +130,7 @@ def _resume(folder: Path, job: dict[str, Any], make_windows: Callable[[], TextWi
     """The text: of an unfinished run of the same job, or new."""
     file, tokens = folder / "job.json", folder / "windows.npy"
     if restart or not file.exists():
-        for entry in folder.iterdir():
-            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        _clear(folder)
         windows = make_windows()
         with tokens.open("wb") as stream:
             np.save(stream, windows.token_ids, allow_pickle=False)
@@ -282,6 +281,11 @@ class _Training:
 
     def _active(self, layer: int) -> BitArray:
         return BitArray(self._folder / f"active_{layer}", (*self._windows.token_ids.shape, self._store.config.d_ff))
+
+
+def _clear(folder: Path) -> None:
+    for entry in sorted(folder.iterdir()):  # job.json before progress.json: what is left after a kill is no unfinished run
+        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
 
 def _write_json(file: Path, document: dict[str, Any]) -> None:

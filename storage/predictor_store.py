@@ -7,9 +7,10 @@ is killed between leaves a store as it was.
 import fcntl
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -70,6 +71,7 @@ def making_predictor(store: Store, name: str) -> Iterator[Path]:
     Raises:
       InflashError: the store cannot be written to, or another process makes this predictor now.
     """
+    _check_spelling(name)
     folder = partial_folder(store, name)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -84,6 +86,8 @@ def making_predictor(store: Store, name: str) -> Iterator[Path]:
         yield folder
     finally:
         os.close(descriptor)
+        with suppress(OSError):
+            folder.rmdir()  # when there is nothing in it
 
 
 def install_predictor(store: Store, name: str, info: PredictorInfo, layers: Path) -> Store:
@@ -113,13 +117,22 @@ def install_predictor(store: Store, name: str, info: PredictorInfo, layers: Path
 def add_predictor(store: Store, name: str, info: PredictorInfo, layers: Iterator[Mapping[str, np.ndarray]]) -> Store:
     """Writes a predictor from its layers' tensors, in order, and names it in the store's attributes."""
     with making_predictor(store, name) as folder:
+        if any(entry.name != "layers" for entry in folder.iterdir()):
+            raise InflashError(f"{folder}: an unfinished training of this name is there; finish it, or choose another --name")
         complete = folder / "layers"
-        shutil.rmtree(complete, ignore_errors=True)
-        for layer, tensors in enumerate(layers):
-            save_predictor_layer(complete, store.config, info, layer, tensors)
-        added = install_predictor(store, name, info, complete)
-        shutil.rmtree(folder, ignore_errors=True)
-    return added
+        try:
+            shutil.rmtree(complete, ignore_errors=True)
+            for layer, tensors in enumerate(layers):
+                save_predictor_layer(complete, store.config, info, layer, tensors)
+            return install_predictor(store, name, info, complete)
+        finally:
+            shutil.rmtree(complete, ignore_errors=True)
+
+
+def _check_spelling(name: str) -> None:
+    if name in RESERVED_NAMES or not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*", name):
+        taken = ", ".join(RESERVED_NAMES)
+        raise InflashError(f"predictor name: expected letters, digits, '-', '_' and '.', and none of {taken}; found {name!r}")
 
 
 def _forget(store: Store, name: str) -> None:

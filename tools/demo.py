@@ -12,6 +12,7 @@ from ..errors import InflashError
 from .table import table
 
 EMBEDDED = Path(__file__).parent / "embedded"
+PREDICTOR = "trained"
 CACHE_SHARE = 0.5
 _SHOWN_LINES = 10
 _COMPARED_TOKENS = 64
@@ -27,6 +28,8 @@ def run(arguments: argparse.Namespace) -> int:
 def _convert(store: Path) -> None:
     from ..storage.checkpoint import open_source
     from ..storage.convert import convert
+    from ..storage.predictor_file import read_predictor_file
+    from ..storage.predictor_store import add_predictor
     from ..storage.store import open_store
     from .info import as_text, describe
 
@@ -36,8 +39,12 @@ def _convert(store: Path) -> None:
     if store.exists():
         shutil.rmtree(store)
     with open_source(EMBEDDED) as source:
-        convert(source, store)
-    print("1. The embedded model, converted: `inflash convert` and `inflash info`\n")
+        converted = convert(source, store)
+    info, layers = read_predictor_file(converted, EMBEDDED / f"{PREDICTOR}.safetensors")
+    add_predictor(converted, PREDICTOR, info, layers)
+    print(
+        "1. The embedded model, converted, and its trained predictor: `inflash convert`, `inflash import-predictor`, `inflash info`\n"
+    )
     print(as_text(describe(open_store(store))), "\n")
 
 
@@ -74,7 +81,7 @@ def _compare(store: Path, prompts: list[str]) -> None:
         dense = [llm.logits(ids) for ids in texts]
         dense_memory = llm.engine.neuron_memory_bytes()
     rows = []
-    for predictor in ("exact", "svd"):
+    for predictor in ("exact", PREDICTOR, "svd"):
         with LLM(store, ffn="sparse", predictor=predictor, cache_neurons=CACHE_SHARE) as llm:
             sparse = [llm.logits(ids) for ids in texts]
             llm.generate(prompts, greedy)

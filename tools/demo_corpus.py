@@ -4,6 +4,7 @@ Every machine with Python has it, so anyone can repeat the training. Test module
 """
 
 import sysconfig
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -42,13 +43,30 @@ def source_files(held_out: bool) -> list[Path]:
     return files
 
 
+def test_modules(part: str) -> list[Path]:
+    """Half of the held-out modules: those that the embedded predictor is trained on ("predictor"), or the rest ("judging").
+
+    Which half a module is in follows from its path, so that other versions of Python, with other modules, do not mix the halves.
+    """
+    library = Path(sysconfig.get_paths()["stdlib"])
+    wanted = {"predictor": 0, "judging": 1}[part]
+    return [
+        file for file in source_files(held_out=True) if zlib.crc32(file.relative_to(library).as_posix().encode()) % 2 == wanted
+    ]
+
+
 def texts(held_out: bool) -> Iterator[str]:
     """Yields each file's text, undecodable files (there are some in the tests) left out."""
     for path in source_files(held_out):
-        try:
-            yield path.read_text(encoding="utf-8")
-        except UnicodeDecodeError:
-            continue
+        if (text := _text(path)) is not None:
+            yield text
+
+
+def _text(file: Path) -> str | None:
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        return None
 
 
 def train_tokenizer(vocab_size: int) -> Tokenizer:
