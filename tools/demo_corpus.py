@@ -43,16 +43,18 @@ def source_files(held_out: bool) -> list[Path]:
     return files
 
 
-def test_modules(part: str) -> list[Path]:
+def held_out_half(part: str) -> list[Path]:
     """Half of the held-out modules: those that the embedded predictor is trained on ("predictor"), or the rest ("judging").
 
     Which half a module is in follows from its path, so that other versions of Python, with other modules, do not mix the halves.
     """
     library = Path(sysconfig.get_paths()["stdlib"])
     wanted = {"predictor": 0, "judging": 1}[part]
-    return [
-        file for file in source_files(held_out=True) if zlib.crc32(file.relative_to(library).as_posix().encode()) % 2 == wanted
-    ]
+
+    def half(file: Path) -> int:
+        return zlib.crc32(file.relative_to(library).as_posix().encode()) % 2
+
+    return [file for file in source_files(held_out=True) if half(file) == wanted and _text(file) is not None]
 
 
 def texts(held_out: bool) -> Iterator[str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from . import cli
 from .demo import EMBEDDED, PREDICTOR
-from .demo_corpus import test_modules
+from .demo_corpus import held_out_half
 
 TOKENS = 500_000
 RANK = 40  # 5 % of the model's weights
@@ -21,7 +21,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m inflash.tools.train_demo_predictor", description=__doc__)
     parser.add_argument("-o", "--output", type=Path, required=True, help="the .safetensors file to write")
     arguments = parser.parse_args(argv)
-    text = [str(file) for file in test_modules("predictor")]
+    text = [str(file) for file in held_out_half("predictor")]
     with tempfile.TemporaryDirectory() as folder:
         store = str(Path(folder) / "demo.inflash")
         for command in (

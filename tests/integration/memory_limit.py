@@ -3,8 +3,9 @@
     python tests/integration/memory_limit.py --like opt-1.3b
 
 as root: writes a checkpoint of random bfloat16 weights in the shape of an OPT model, converts it, and runs a batch file against it in a
-cgroup of 75 % of the model's size. Then the same with `--ffn resident`, which has to be refused before it starts. The biases of fc1
-are shifted so that about 5 % of the neurons are active, as in trained OPT models.
+cgroup of 75 % of the model's size. Then the same with `--ffn resident`, which has to be refused before it starts. With `--job train`,
+trains a predictor in a cgroup of half the model's size instead. The biases of fc1 are shifted so that about 5 % of the neurons are
+active, as in trained OPT models.
 """
 
 import argparse
@@ -27,6 +28,7 @@ from safetensors.numpy import save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from opt_checkpoints import opt_config
+from tiny_models import byte_tokenizer
 
 CGROUP = Path("/sys/fs/cgroup")
 SHAPES: dict[str, dict[str, int]] = {
@@ -36,6 +38,7 @@ SHAPES: dict[str, dict[str, int]] = {
 }
 ACTIVE_SHIFT = -1.64  # what a normal distribution exceeds 5 % of the time, from above
 NUM_PROMPTS = 4
+TRAINING_TOKENS = 16 * 255  # whole windows
 
 
 class NoCgroup(Exception):
@@ -197,23 +200,51 @@ def check(shape: dict[str, int], folder: Path, *, share: float, num_tokens: int,
     }
 
 
+def check_training(shape: dict[str, int], folder: Path, *, share: float, num_tokens: int) -> dict[str, Any]:
+    """Converts, and trains a predictor from a text in which a token is a byte; returns the figures."""
+    model_bytes = write_checkpoint(folder / "checkpoint", shape)
+    byte_tokenizer().save(str(folder / "checkpoint" / "tokenizer.json"))
+    subprocess.run(inflash("convert", folder / "checkpoint", folder / "store"), check=True, capture_output=True)
+    shutil.rmtree(folder / "checkpoint")
+    (folder / "text.txt").write_bytes(np.random.default_rng().integers(32, 127, num_tokens + 100, np.uint8).tobytes())
+    job = ("train-predictor", folder / "store", "--text", folder / "text.txt", "--tokens", str(num_tokens), "--context", "256")
+    limit = int(share * model_bytes)
+    with memory_group(limit) as group:
+        began = time.monotonic()
+        done = group.run(inflash(*job, "--rank", "64", "--recall", "0.95", "--json"), capture_output=True)
+        train_s = time.monotonic() - began
+        assert done.returncode == 0, f"train-predictor ended with {done.returncode} at {limit >> 20} MiB: {done.stderr[-2000:]}"
+        peak = group.peak_bytes()
+    made = json.loads(done.stdout.splitlines()[-1])["predictors"]["trained"]
+    assert len(made["ranks"]) == shape["num_hidden_layers"]
+    return {
+        "model_mib": model_bytes >> 20,
+        "limit_mib": limit >> 20,
+        "peak_mib": None if peak is None else peak >> 20,
+        "train_s": round(train_s, 1),
+        "predictor": made,
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--like", choices=SHAPES, default="opt-1.3b")
-    parser.add_argument("--share", type=float, default=0.75, help="the limit as a share of the model's bytes (%(default)s)")
-    parser.add_argument("--tokens", type=int, default=16, help="to generate for each of the prompts (%(default)s)")
+    parser.add_argument("--job", choices=("generate", "train"), default="generate", help="what to run (%(default)s)")
+    parser.add_argument("--share", type=float, help="the limit as a share of the model's bytes (0.75; train: 0.5)")
+    parser.add_argument("--tokens", type=int, help="to generate for each of the prompts (16), or to train on (4080)")
     parser.add_argument("--folder", type=Path, help="where to work; needs twice the model's size (default: a temporary folder)")
     parser.add_argument("flags", nargs="*", help="for run-batch, after --", default=DEFAULT_FLAGS)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         try:
-            figures = check(
-                SHAPES[arguments.like],
-                Path(folder),
-                share=arguments.share,
-                num_tokens=arguments.tokens,
-                flags=arguments.flags,
-            )
+            shape = SHAPES[arguments.like]
+            if arguments.job == "train":
+                figures = check_training(
+                    shape, Path(folder), share=arguments.share or 0.5, num_tokens=arguments.tokens or TRAINING_TOKENS
+                )
+            else:
+                share, tokens = arguments.share or 0.75, arguments.tokens or 16
+                figures = check(shape, Path(folder), share=share, num_tokens=tokens, flags=arguments.flags)
         except NoCgroup as error:
             sys.exit(f"skipped: {error}")
     print(json.dumps(figures, indent=2))

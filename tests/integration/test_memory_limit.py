@@ -5,7 +5,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from integration.memory_limit import DEFAULT_FLAGS, SHAPES, MemoryGroup, NoCgroup, check, inflash, memory_group
+from integration.memory_limit import (
+    DEFAULT_FLAGS,
+    SHAPES,
+    TRAINING_TOKENS,
+    MemoryGroup,
+    NoCgroup,
+    check,
+    check_training,
+    inflash,
+    memory_group,
+)
 from tiny_models import make_store
 
 pytestmark = pytest.mark.integration
@@ -45,6 +55,17 @@ def test_a_model_larger_than_its_memory(request: pytest.FixtureRequest, tmp_path
         pytest.skip("writes 5 GB and takes minutes; give --run-large")
     try:
         figures = check(SHAPES["opt-1.3b"], tmp_path, share=0.75, num_tokens=16, flags=DEFAULT_FLAGS)
+    except NoCgroup as error:
+        pytest.skip(str(error))
+    assert figures["peak_mib"] is None or figures["peak_mib"] <= figures["limit_mib"]
+
+
+def test_training_on_a_model_twice_its_memory(request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    """Also `python tests/integration/memory_limit.py --job train`."""
+    if not request.config.getoption("--run-large"):
+        pytest.skip("writes 5 GB and takes minutes; give --run-large")
+    try:
+        figures = check_training(SHAPES["opt-1.3b"], tmp_path, share=0.5, num_tokens=TRAINING_TOKENS)
     except NoCgroup as error:
         pytest.skip(str(error))
     assert figures["peak_mib"] is None or figures["peak_mib"] <= figures["limit_mib"]
