@@ -9,9 +9,8 @@ from ..errors import InflashError
 from ..storage.store import Store, open_store
 from .progress import progress_bar
 from .table import table
-from .train_predictor import context_for, tokenizer_of
+from .train_predictor import check_tokens, context_for, tokenizer_of
 
-EVAL_TOKENS = 32_768
 _PROMPT_TOKENS = 32
 
 
@@ -39,6 +38,7 @@ def _judge(store: Store, arguments: argparse.Namespace) -> dict[str, Any]:
     from ..pipeline.evaluation import evaluate
     from ..pipeline.text_windows import read_windows
 
+    check_tokens(arguments.tokens)
     names = list(dict.fromkeys(arguments.predictor or store.predictors))
     windows = read_windows(
         arguments.text,
@@ -62,6 +62,8 @@ def _decoded(store: Store, name: str, token_ids: Any, count: int) -> dict[str, f
     from ..pipeline.sampling_params import SamplingParams
 
     with LLM(store.path, predictor=name, max_num_seqs=1) as llm:
+        if not 0 < count < llm.max_model_len:
+            raise InflashError(f"--decode: expected 1 to {llm.max_model_len - 1} tokens, found {count}")
         prompt = token_ids[: min(_PROMPT_TOKENS, llm.max_model_len - count)].tolist()
         llm.generate([prompt], SamplingParams(max_tokens=count, temperature=0.0, ignore_eos=True))
         summary = llm.engine.times.summary()

@@ -58,6 +58,12 @@ def context_for(store: Store, requested: int | None, longest: int = _LONGEST_CON
     return requested or min(limit, longest)
 
 
+def check_tokens(requested: int | None) -> None:
+    """Raises InflashError for numbers of tokens that are none."""
+    if requested is not None and requested < 1:
+        raise InflashError(f"--tokens: expected at least 1, found {requested}")
+
+
 def tokenizer_of(store: Store):
     """The model's tokenizer.
 
@@ -100,6 +106,7 @@ def _text(store: Store, arguments: argparse.Namespace):
     """What makes the windows, and what tells this text from another."""
     from ..pipeline.text_windows import read_windows
 
+    check_tokens(arguments.tokens)
     if arguments.text:
         context = context_for(store, arguments.context)
         windows = read_windows(

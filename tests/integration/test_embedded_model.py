@@ -1,6 +1,7 @@
 """The model that ships with inflash: sparse text equals dense text, and every byte read for it is accounted for."""
 
 import json
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,17 @@ import numpy as np
 import pytest
 from tiny_models import BUFFERED, convert_quietly
 
-from inflash import LLM, SamplingParams
-from inflash.storage.layout import bundles_path
+from inflash import LLM, InflashError, SamplingParams
+from inflash.pipeline.evaluation import evaluate
+from inflash.pipeline.model_files import load_tokenizer
+from inflash.pipeline.text_windows import read_windows
+from inflash.storage.layout import bundles_path, neuron_bytes, resident_bytes
+from inflash.storage.predictor_file import read_predictor_file
+from inflash.storage.predictor_store import add_predictor
 from inflash.storage.readers import DirectFile
-from inflash.storage.store import Store
-from inflash.tools.demo import EMBEDDED
+from inflash.storage.store import Store, open_store
+from inflash.tools.demo import EMBEDDED, PREDICTOR
+from inflash.tools.demo_corpus import held_out_half
 
 pytestmark = [pytest.mark.integration, pytest.mark.filterwarnings(BUFFERED)]
 
@@ -85,6 +92,28 @@ def test_sparse_text_is_dense_text(store: Store, prompts: list[str], dense, cach
     if refuses_direct(store):
         pytest.skip(f"texts are equal; the kernel's count is of direct reads, which the file system under {store.path} refuses")
     assert from_disk == requested
+
+
+def test_its_trained_predictor_keeps_the_dense_model_s_quality(store: Store, tmp_path: Path) -> None:
+    """On modules of the standard library's tests that neither the model nor the predictor was trained on."""
+    try:
+        text = held_out_half("judging")
+    except InflashError as error:
+        pytest.skip(str(error))
+    shutil.copytree(store.path, tmp_path / "store")
+    trained = open_store(tmp_path / "store")
+    info, layers = read_predictor_file(trained, EMBEDDED / f"{PREDICTOR}.safetensors")
+    trained = add_predictor(trained, PREDICTOR, info, layers)
+    tokenizer = load_tokenizer(trained)
+    assert tokenizer is not None
+    windows = read_windows(text, tokenizer, bos_id=trained.config.bos_token_id, context=512, most_tokens=16_000)
+    judged = evaluate(trained, windows, [PREDICTOR])
+    found = judged["predictors"][PREDICTOR]
+    assert found["recall"] >= 0.99
+    assert found["predicted"] <= 3 * found["active"]
+    assert found["perplexity"] == pytest.approx(judged["dense"]["perplexity"], rel=0.01)
+    weights = (resident_bytes(trained.config, "bfloat16") + neuron_bytes(trained.config, "bfloat16")) // 2
+    assert sum(rank * (trained.config.d_model + trained.config.d_ff) + trained.config.d_ff for rank in info.ranks) <= 0.05 * weights
 
 
 def test_most_neurons_are_not_needed(store: Store, prompts: list[str]) -> None:

@@ -4,10 +4,11 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from tiny_models import fresh_seed
 
 from inflash.kernels import reference
 from inflash.kernels.compilation import jit
-from inflash.kernels.sparse_ffn import block_ffn, gathered_ffn
+from inflash.kernels.sparse_ffn import block_ffn, gathered_ffn, observed_block_ffn
 
 BFLOAT16 = ml_dtypes.bfloat16
 SIZES = [(96, 200, 64), (200, 97, 24), (256, 1024, 512)]  # D, F, slots
@@ -128,3 +129,69 @@ def test_rows_beyond_count_may_be_uninitialised_memory(rng, num_tokens):
     assert_close(ffn(accumulator, x, up, down, bias, np.int32(count)), accumulator + added, added, np.float32)
     up[:] = down[:] = np.nan
     np.testing.assert_array_equal(np.asarray(ffn(accumulator, x, up, down, bias, np.int32(0))), accumulator)
+
+
+OBSERVED = {name: jit(functools.partial(observed_block_ffn, compute_dtype=name)) for name in ("float32", "bfloat16")}
+
+
+def slow_block(x, up, down, bias, kept) -> tuple[np.ndarray, np.ndarray]:
+    """What some neurons add [B, D], and all neurons' pre-activations [B, n], both float64."""
+    inputs = x.astype(np.float64) @ up.astype(np.float64).T + bias
+    return np.where(kept, np.maximum(inputs, 0), 0) @ down.astype(np.float64), inputs
+
+
+@pytest.mark.parametrize("num_tokens", [32, 3])
+@pytest.mark.parametrize("dtype", [np.float32, BFLOAT16])
+def test_observed_adds_and_tells_what_is_active(num_tokens, dtype):
+    """What it tells is every neuron that the ReLU lets through, predicted or not; what it adds is the predicted ones."""
+    rng, num_rows, d_model = np.random.default_rng(fresh_seed()), 97, 40
+    accumulator, x = normal(rng, num_tokens, d_model), normal(rng, num_tokens, d_model).astype(dtype).astype(np.float32)
+    up, down = normal(rng, 2, num_rows, d_model, dtype=dtype)
+    bias, predicted = normal(rng, num_rows), rng.random((num_tokens, num_rows)) < 0.5
+    for count in (num_rows, 31, 0):
+        for mask in (None, predicted):
+            real = np.arange(num_rows) < count
+            kept = real[None] & (True if mask is None else mask)
+            added, inputs = slow_block(x, up, down, bias, kept)
+            operands = accumulator, x, jnp.asarray(up), jnp.asarray(down), bias
+            total, active = OBSERVED[np.dtype(dtype).name](*operands, np.int32(count), mask)
+            assert_close(total, accumulator + added, added, dtype)
+            assert active.shape == (num_tokens, num_rows) and active.dtype == bool
+            clear = np.abs(inputs) > 1e-4
+            assert clear.mean() > 0.99
+            np.testing.assert_array_equal(np.asarray(active)[clear], ((inputs > 0) & real[None])[clear])
+
+
+def test_observed_products_of_bfloat16_rows_in_float32():
+    """Inputs that bfloat16 cannot hold are not rounded."""
+    rng = np.random.default_rng(fresh_seed())
+    accumulator, x = normal(rng, 2, 32, 40)
+    up, down = normal(rng, 2, 97, 40, dtype=BFLOAT16)
+    bias = normal(rng, 97)
+    added, _ = slow_block(x, up, down, bias, True)
+    total, _ = OBSERVED["float32"](accumulator, x, jnp.asarray(up), jnp.asarray(down), bias, np.int32(97))
+    assert_close(total, accumulator + added, added, np.float32)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, BFLOAT16])
+@pytest.mark.parametrize("garbage", [np.nan, np.inf, 1e38])
+def test_observed_rows_beyond_count_may_be_uninitialised_memory(garbage, dtype):
+    """Also for tokens of which nothing was predicted but padding."""
+    rng, count = np.random.default_rng(fresh_seed()), 41
+    accumulator, x = normal(rng, 32, 40), normal(rng, 32, 40).astype(dtype).astype(np.float32)
+    up, down = normal(rng, 2, 97, 40, dtype=dtype)
+    bias, predicted = normal(rng, 97), rng.random((32, 97)) < 0.5
+    predicted[3, :count], predicted[3, count:] = False, True
+    added, inputs = slow_block(x, up[:count], down[:count], bias[:count], predicted[:, :count])
+    up[count:] = down[count:] = bias[count:] = garbage
+    observed = OBSERVED[np.dtype(dtype).name]
+    total, active = observed(accumulator, x, jnp.asarray(up), jnp.asarray(down), bias, np.int32(count), predicted)
+    assert_close(total, accumulator + added, added, dtype)
+    np.testing.assert_array_equal(np.asarray(total)[3], accumulator[3])
+    clear = np.abs(inputs) > 1e-4
+    np.testing.assert_array_equal(np.asarray(active)[:, :count][clear], inputs[clear] > 0)
+    assert not np.asarray(active)[:, count:].any()
+    up[:] = down[:] = garbage
+    total, active = observed(accumulator, x, jnp.asarray(up), jnp.asarray(down), bias, np.int32(0), predicted)
+    np.testing.assert_array_equal(np.asarray(total), accumulator)
+    assert not np.asarray(active).any()

@@ -105,7 +105,8 @@ def test_bits_take_an_eighth_of_the_space(tmp_path: Path) -> None:
     for name, share in (("random", 0.5), ("few", 0.01)):
         BitArray(tmp_path / name, shape).write(0, np.random.default_rng(fresh_seed()).random(shape) < share)
     sizes = {
-        name: sum(file.stat().st_size for file in (tmp_path / name / "c").rglob("*") if file.is_file()) for name in ("random", "few")
+        name: sum(file.stat().st_size for file in (tmp_path / name / "c").rglob("*") if file.is_file())
+        for name in ("random", "few")
     }
     assert 16_000 <= sizes["random"] <= 16_200
     assert sizes["few"] < 0.3 * sizes["random"]
