@@ -45,6 +45,7 @@ class GuessCounts:
       pairs, active, named, hits: all, truly active, named, and both.
       repeated, repeatable: named again by the next token of the window; named at all but a window's first tokens.
       thresholds, curve: of CURVE_RECALLS; [named, hits] for each.
+      curve_pairs: those that the curve counts: windows before the first with an active neuron have no thresholds to be counted by.
     """
 
     pairs: int = 0
@@ -53,6 +54,7 @@ class GuessCounts:
     hits: int = 0
     repeated: int = 0
     repeatable: int = 0
+    curve_pairs: int = 0
     thresholds: np.ndarray | None = None
     curve: np.ndarray = field(default_factory=lambda: np.zeros((len(CURVE_RECALLS), 2), np.int64))
 
@@ -68,8 +70,9 @@ class GuessCounts:
         truly = scores[active]
         if self.thresholds is None and truly.size:
             self.thresholds = np.quantile(truly, [1 - recall for recall in CURVE_RECALLS])
-        for row, at in enumerate(() if self.thresholds is None else self.thresholds):
-            self.curve[row] += (scores > at).sum(), (truly > at).sum()
+        if self.thresholds is not None:
+            self.curve_pairs += active.size
+            self.curve += [((scores > at).sum(), (truly > at).sum()) for at in self.thresholds]
 
     def shares(self) -> dict[str, float]:
         """From 0 to 1; false negatives are counted among active neurons, false positives among the others, as the paper does."""
@@ -86,7 +89,7 @@ class GuessCounts:
 
     def curve_points(self) -> list[dict[str, float]]:
         return [
-            {"recall": _share(int(hits), self.active, 1.0), "predicted": _share(int(named), self.pairs, 0.0)}
+            {"recall": _share(int(hits), self.active, 1.0), "predicted": _share(int(named), self.curve_pairs, 0.0)}
             for named, hits in self.curve
         ]
 
@@ -118,6 +121,7 @@ def evaluate(
     Raises:
       InflashError: the store has no such predictor.
     """
+    names = list(dict.fromkeys(names))
     for name in names:
         if name not in store.predictors:
             found = ", ".join(store.predictors) or "none"
@@ -252,13 +256,13 @@ def _document(
 
 
 def _perplexity(figures: TextFigures) -> float:
-    return math.exp(figures.nll / figures.tokens)
+    return math.exp(min(figures.nll / figures.tokens, 700))  # beyond, it would be no number
 
 
 def _added(layers: Sequence[GuessCounts]) -> GuessCounts:
     total = GuessCounts()
     for counts in layers:
-        for key in ("pairs", "active", "named", "hits", "repeated", "repeatable", "curve"):
+        for key in ("pairs", "active", "named", "hits", "repeated", "repeatable", "curve_pairs", "curve"):
             setattr(total, key, getattr(total, key) + getattr(counts, key))
     return total
 

@@ -202,7 +202,8 @@ class LayerFit:
     def _low_rank(self, rank: int) -> Fit:
         first, second, bias = self._start
         scale = max(float(np.sqrt((second**2).sum(1).mean())), 1e-20)  # scores of unit size, whatever the layer
-        parameters = {"first": first[:rank], "second": second[:, :rank] / scale, "bias": bias / scale}
+        cut = second[:, rank:] @ (first[rank:] @ self._moments.mean)  # at the mean, the directions left out are made up for
+        parameters = {"first": first[:rank], "second": second[:, :rank] / scale, "bias": (bias + cut) / scale}
         loss = None
         if self._options.method == "trained" and 0 < self._moments.active < 1:
             parameters, loss = self._train(parameters, rank)
@@ -273,10 +274,15 @@ def rank_ladder(d_model: int, most: int) -> list[int]:
 
 
 def moments(pairs: Pairs) -> Moments:
-    """Of the training pairs, in float64 sums over windows."""
+    """Of the training pairs.
+
+    Sums are of differences from the first window's mean: a mean that is many times what varies would drown it in rounding.
+    """
+    origin = pairs.read(pairs.training[0])[0].mean(0)
     total, products, count, num_active, num_pairs = 0.0, 0.0, 0, 0, 0
     for window in pairs.training:
         inputs, active = pairs.read(window)
+        inputs = inputs - origin
         total = total + inputs.sum(0, dtype=np.float64)
         products = products + (inputs.T @ inputs).astype(np.float64)
         count += len(inputs)
@@ -284,7 +290,9 @@ def moments(pairs: Pairs) -> Moments:
         num_pairs += active.size
     mean = np.asarray(total) / count
     covariance = np.asarray(products) / count - np.outer(mean, mean)
-    return Moments(mean=mean.astype(np.float32), covariance=covariance.astype(np.float32), active=num_active / num_pairs)
+    return Moments(
+        mean=(origin + mean).astype(np.float32), covariance=covariance.astype(np.float32), active=num_active / num_pairs
+    )
 
 
 def _step(optimiser, parameters: Parameters, state, inputs, active, share):

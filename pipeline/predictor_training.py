@@ -19,7 +19,7 @@ In the predictor's partial folder:
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -75,8 +75,8 @@ class TrainingOptions:
 class TrainingReport(Protocol):
     """Told how training goes."""
 
-    def began(self, layers_done: int, windows: TextWindows) -> None:
-        """After so many layers that were finished by an earlier run."""
+    def began(self, windows: TextWindows, done: Sequence[tuple[int, str, dict[str, Any]]]) -> None:
+        """Before the first layer; `done` are those of an earlier run, as `finished` was told of them."""
         ...
 
     def collected(self, tokens: int) -> None:
@@ -160,7 +160,9 @@ class _Training:
 
     def run(self) -> Store:
         layers = range(self._progress["layer"], self._store.config.num_layers)
-        self._report.began(layers.start, self._windows)
+        fits = self._progress["fits"]
+        done = [(layer, name, fits[part][layer]) for layer in range(layers.start) for part, name in self._options.names.items()]
+        self._report.began(self._windows, done)
         if layers:
             self._check_space()
             with LayerwisePass(self._store, self._windows.context) as model:

@@ -143,7 +143,7 @@ def choose_predictor(store: Store, requested: str) -> str:
                 f"{store.path}: this store has no predictor; make one with inflash train-predictor, "
                 "use --ffn hybrid, or --predictor exact (keeps the up projection in memory)"
             )
-        return min(usable, key=lambda name: (-_goodness(store.predictors[name].method), name))
+        return min(usable, key=lambda name: (*_worth(store.predictors[name]), name))
     if requested not in ("exact", "none") and requested not in store.predictors:
         found = ", ".join(["exact", "none", *store.predictors])
         raise InflashError(f"{store.path}: predictor should be one of auto, {found}; found {requested!r}")
@@ -160,8 +160,10 @@ def predictor_bytes(store: Store, name: str, dtype: np.dtype) -> int:
     return predictor_layout.predictor_bytes(config, store.predictors[name])
 
 
-def _goodness(method: str) -> int:
-    return _WORST_FIRST.index(method) if method in _WORST_FIRST else len(_WORST_FIRST)
+def _worth(info: PredictorInfo) -> tuple[int, int]:
+    """The smaller the better: by method, then by the text that it has seen."""
+    place = _WORST_FIRST.index(info.method) if info.method in _WORST_FIRST else len(_WORST_FIRST)
+    return -place, -info.tokens
 
 
 def _usable(values: np.ndarray) -> np.ndarray:

@@ -75,6 +75,8 @@ def read_windows(
       InflashError: a file cannot be read or is not UTF-8, all are empty, or the text is too short.
     """
     sizes = [_size(file) for file in files]
+    if not all(file.is_file() for file in files):
+        sizes = [1 for _ in files]  # what a pipe will give is not known
     if not sum(sizes):
         raise InflashError(
             f"{', '.join(map(str, files))}: expected some text, found {'empty files' if len(files) > 1 else 'an empty file'}"

@@ -23,6 +23,7 @@ _OVERSAMPLE = 10
 _POWER_ITERATIONS = 2  # one instead of two named 2.5 % more neurons on a planted matrix
 _NUM_INPUTS = 256
 _LARGEST = 1e12
+_SMALLEST = float(np.finfo(np.float32).tiny)
 _NEVER = float(np.finfo(np.float32).max)  # finite, so that it is a number in JSON, too
 
 
@@ -82,11 +83,11 @@ def weighted_low_rank(
     """The copy that errs least on inputs of this mean and covariance: `first` [R, D], `second` [F, R] and `bias` [F], f32.
 
     Coordinates `first @ (h - mean)` have unit variance and are uncorrelated; the bias makes up for the mean, so that scores are
-    `second @ (first @ h) + bias`. Directions are in the order of what they explain: a smaller rank is a cut of a larger one.
+    `second @ (first @ h) + bias`. Directions are in the order of what they explain, so the matrices of a smaller rank are a cut of those
+    of a larger one; its bias is `bias + cut_second @ (cut_first @ mean)` with the rows and columns that are cut off.
     """
     size = len(mean)
-    ridge = max(1e-5 * float(np.trace(covariance)) / size, 1e-20)  # inputs of some text may not span all directions
-    factor = np.linalg.cholesky(covariance.astype(np.float64) + ridge * np.eye(size)).astype(np.float32)
+    factor = _cholesky(covariance.astype(np.float64))
     second, first = _truncated_svd(up_blocks, _Lower(factor), min(rank, size), np.random.default_rng(seed))
     at_mean = np.concatenate([_finite(block) @ mean for block in up_blocks()])
     return first, second, _finite(up_bias) + at_mean - second @ (first @ mean)
@@ -100,9 +101,22 @@ def recall_threshold(
     count = active_scores.size
     if not count:
         return _NEVER
-    missed = min(int((1 - recall) * count), count - 1)
-    lowest = np.partition(active_scores.ravel(), missed)[missed]
-    return float(np.nextafter(np.float32(lowest), np.float32(-np.inf)))
+    missed = min(int((1 - recall) * count + 1e-6), count - 1)  # 1 - 0.9 is a little less than a tenth
+    lowest = np.float32(np.partition(active_scores.ravel(), missed)[missed])
+    below = float(np.nextafter(lowest, np.float32(-np.inf)))
+    # XLA takes subnormal numbers for zero, and what scores zero would not exceed that.
+    return min(below, -_SMALLEST) if abs(below) < _SMALLEST else below
+
+
+def _cholesky(covariance: np.ndarray) -> np.ndarray:
+    """L [D, D] float32 of a covariance that may lack directions, or be indefinite by rounding: a ridge as small as will do is added."""
+    size = len(covariance)
+    ridge = max(1e-5 * float(np.trace(covariance)) / size, 1e-20)
+    while True:
+        try:
+            return np.linalg.cholesky(covariance + ridge * np.eye(size)).astype(np.float32)
+        except np.linalg.LinAlgError:
+            ridge *= 10
 
 
 def _truncated_svd(

@@ -22,7 +22,7 @@ from .predictor_layout import PredictorInfo, predictor_specs
 from .resident import load_tensors, save_tensors
 from .store import Store, open_store, sync_tree
 
-RESERVED_NAMES = ("auto", "exact", "none")
+RESERVED_NAMES = ("auto", "dense", "exact", "none")
 
 
 def check_name(store: Store, name: str, *, replace: bool = False) -> None:
@@ -81,13 +81,17 @@ def making_predictor(store: Store, name: str) -> Iterator[Path]:
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not folder.exists() or os.fstat(descriptor).st_ino != folder.stat().st_ino:
+                raise BlockingIOError  # its maker has just removed it
         except BlockingIOError as error:
             raise InflashError(f"{store.path}: another process is making the predictor {name!r}; wait for it") from error
-        yield folder
+        try:
+            yield folder
+        finally:
+            with suppress(OSError):
+                folder.rmdir()  # when there is nothing in it; the lock is still held
     finally:
         os.close(descriptor)
-        with suppress(OSError):
-            folder.rmdir()  # when there is nothing in it
 
 
 def install_predictor(store: Store, name: str, info: PredictorInfo, layers: Path) -> Store:
@@ -104,6 +108,8 @@ def install_predictor(store: Store, name: str, info: PredictorInfo, layers: Path
     """
     place = store.path / PREDICTORS_FOLDER / name
     with _locked(store):
+        if not layers.exists() and not place.exists():
+            raise InflashError(f"{layers}: expected the layers of the predictor {name!r}, found nothing")
         if layers.exists():
             sync_tree(layers)
             if place.exists():
@@ -124,13 +130,15 @@ def add_predictor(store: Store, name: str, info: PredictorInfo, layers: Iterator
             shutil.rmtree(complete, ignore_errors=True)
             for layer, tensors in enumerate(layers):
                 save_predictor_layer(complete, store.config, info, layer, tensors)
+            if (found := len(list(complete.iterdir()))) != store.config.num_layers:
+                raise InflashError(f"predictor {name!r}: expected {store.config.num_layers} layers, found {found}")
             return install_predictor(store, name, info, complete)
         finally:
             shutil.rmtree(complete, ignore_errors=True)
 
 
 def _check_spelling(name: str) -> None:
-    if name in RESERVED_NAMES or not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*", name):
+    if name in RESERVED_NAMES or not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
         taken = ", ".join(RESERVED_NAMES)
         raise InflashError(f"predictor name: expected letters, digits, '-', '_' and '.', and none of {taken}; found {name!r}")
 

@@ -68,7 +68,9 @@ def _open(folder: Path, shape: tuple[int, ...], dtype: np.dtype, *, compressed: 
     import zarr
 
     if (folder / "zarr.json").exists():
-        return zarr.open_array(str(folder), mode="r+")
+        array = zarr.open_array(str(folder), mode="r+")
+        assert isinstance(array, zarr.Array) and (array.shape, array.dtype) == (shape, dtype), f"{folder} holds another array"
+        return array
     return zarr.create_array(
         str(folder),
         shape=shape,

@@ -49,9 +49,11 @@ def as_text(document: dict[str, Any]) -> str:
         f"  resident         {_mib(sizes['resident'])} ({sizes['resident'] / total:.0%})",
         f"  neurons          {_mib(sizes['neurons'])} ({sizes['neurons'] / total:.0%})",
     ]
+    width = max(18, *(len(f"  predictor {name}") for name in ("", *document["predictors"])))
     for name, description in document["predictors"].items():
         size = sizes["predictors"][name]
-        lines.append(f"  predictor {name:6} {_mib(size)} ({size / total:.1%}), {_summary(description)}")
+        label = f"  predictor {name}"
+        lines.append(f"{label:{width}} {_mib(size)} ({size / total:.1%}), {_summary(description)}")
     if not document["predictors"]:
         lines.append("  predictors       none")
     lines.append(f"  format version   {document['format_version']}")

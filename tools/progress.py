@@ -23,7 +23,7 @@ def progress_bar(**options: Any) -> tqdm:
     """A tqdm bar on standard error; `options` are tqdm's."""
     if sys.stderr.isatty():
         return tqdm(file=sys.stderr, **options)
-    return tqdm(file=_Lines(), mininterval=_LOG_INTERVAL_S, ascii=True, ncols=100, **options)
+    return tqdm(**{"file": _Lines(), "mininterval": _LOG_INTERVAL_S, "ascii": True, "ncols": 100, **options})
 
 
 def bytes_bar(total: int, description: str) -> tqdm:

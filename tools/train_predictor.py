@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -26,7 +27,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     store = open_store(arguments.model)
     options = _options(arguments)
-    report = _Report(store, len(options.names), quiet=arguments.json)
+    report = _Report(store, quiet=arguments.json)
     windows, text = _text(store, arguments)
     try:
         trained = train_predictor(store, windows, text, options, report)
@@ -151,18 +152,26 @@ def _advance(bar: tqdm, count: int) -> None:
 
 
 class _Report:
-    """A bar over all layers' tokens with what is being done beside it, and a table at the end."""
+    """A line that moves with all layers' tokens, one that stays for each finished layer, and a table at the end."""
 
-    def __init__(self, store: Store, num_predictors: int, *, quiet: bool) -> None:
-        self._num_layers, self._num_predictors, self._quiet = store.config.num_layers, num_predictors, quiet
+    def __init__(self, store: Store, *, quiet: bool) -> None:
+        self._num_layers, self._quiet = store.config.num_layers, quiet
         self._bar: tqdm | None = None
         self._rows: list[list[object]] = []
 
-    def began(self, layers_done: int, windows: Any) -> None:
-        total = self._num_layers * windows.num_tokens
-        self._bar = progress_bar(total=total, initial=layers_done * windows.num_tokens, desc="training", unit=" tokens")
+    def began(self, windows: Any, done: Sequence[tuple[int, str, dict[str, Any]]]) -> None:
+        layers_done = len({layer for layer, _, _ in done})
+        self._bar = progress_bar(
+            total=self._num_layers * windows.num_tokens,
+            initial=layers_done * windows.num_tokens,
+            desc="training",
+            bar_format="{desc} {percentage:3.0f}% [{elapsed}<{remaining}, {rate_fmt}] {postfix}",
+            unit=" tokens",
+            ncols=150,
+        )
+        self._rows = [_row(*fit) for fit in done]
         if layers_done:
-            self._bar.write(f"going on after layer {layers_done - 1}", file=sys.stderr)
+            self._say(f"an earlier run has finished layers 0 to {layers_done - 1}: going on from there")
 
     def collected(self, tokens: int) -> None:
         assert self._bar is not None
@@ -173,13 +182,24 @@ class _Report:
         self._bar.set_postfix_str(words, refresh=sys.stderr.isatty())
 
     def finished(self, layer: int, name: str, fit: dict[str, Any]) -> None:
-        loss = "-" if fit["loss"] is None else f"{fit['loss']:.4f}"
-        shares = [f"{100 * fit[key]:.1f}%" for key in ("recall", "active", "predicted")]
-        self._rows.append([layer, name, fit["rank"] or "-", loss, *shares])
+        self._rows.append(_row(layer, name, fit))
+        self._say(", ".join(f"{key} {value}" for key, value in zip(_COLUMNS, self._rows[-1], strict=True) if value != "-"))
 
     def close(self) -> None:
         if self._bar is not None:
             self._bar.close()
         if self._rows and not self._quiet:
-            print("On pairs held out of training:\n")
-            print(table(["layer", "predictor", "rank", "loss", "recall", "active", "predicted"], self._rows), "\n")
+            print("On text held out of training:\n")
+            print(table(_COLUMNS, self._rows), "\n")
+
+    def _say(self, words: str) -> None:
+        assert self._bar is not None
+        self._bar.write(words, file=sys.stderr)
+
+
+_COLUMNS = ("layer", "predictor", "rank", "loss", "recall", "active", "predicted")
+
+
+def _row(layer: int, name: str, fit: dict[str, Any]) -> list[object]:
+    loss = "-" if fit["loss"] is None else f"{fit['loss']:.4f}"
+    return [layer, name, fit["rank"] or "-", loss, *(f"{100 * fit[key]:.1f}%" for key in ("recall", "active", "predicted"))]

@@ -113,7 +113,9 @@ def test_its_trained_predictor_keeps_the_dense_model_s_quality(store: Store, tmp
     assert found["predicted"] <= 3 * found["active"]
     assert found["perplexity"] == pytest.approx(judged["dense"]["perplexity"], rel=0.01)
     weights = (resident_bytes(trained.config, "bfloat16") + neuron_bytes(trained.config, "bfloat16")) // 2
-    assert sum(rank * (trained.config.d_model + trained.config.d_ff) + trained.config.d_ff for rank in info.ranks) <= 0.05 * weights
+    assert (
+        sum(rank * (trained.config.d_model + trained.config.d_ff) + trained.config.d_ff for rank in info.ranks) <= 0.05 * weights
+    )
 
 
 def test_most_neurons_are_not_needed(store: Store, prompts: list[str]) -> None:

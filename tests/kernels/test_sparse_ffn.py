@@ -166,7 +166,7 @@ def test_observed_products_of_bfloat16_rows_in_float32():
     """Inputs that bfloat16 cannot hold are not rounded."""
     rng = np.random.default_rng(fresh_seed())
     accumulator, x = normal(rng, 2, 32, 40)
-    up, down = normal(rng, 2, 97, 40, dtype=BFLOAT16)
+    up, down = normal(rng, 2, 97, 40).astype(BFLOAT16)
     bias = normal(rng, 97)
     added, _ = slow_block(x, up, down, bias, True)
     total, _ = OBSERVED["float32"](accumulator, x, jnp.asarray(up), jnp.asarray(down), bias, np.int32(97))

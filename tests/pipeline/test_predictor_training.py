@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -42,8 +43,9 @@ class Silent:
     def __init__(self) -> None:
         self.layers_done, self.tokens, self.words, self.fits = -1, 0, [], []
 
-    def began(self, layers_done: int, windows: TextWindows) -> None:
-        self.layers_done = layers_done
+    def began(self, windows: TextWindows, done: Sequence[tuple[int, str, dict[str, Any]]]) -> None:
+        self.layers_done = len({layer for layer, _, _ in done})
+        self.fits += done
 
     def collected(self, tokens: int) -> None:
         self.tokens += tokens
@@ -199,6 +201,9 @@ def test_a_killed_training_ends_as_an_uninterrupted_one(
     fit = FitOptions(rank=PLANTED_RANK, recall=0.95, batch_tokens=128)
     options = TrainingOptions(name="trained", fit=fit, look_ahead=True)
     resumed = train_predictor(open_store(cut.path), never, fewer.digest, options, report)
+    assert [(layer, name) for layer, name, _ in report.fits] == [
+        (n, f"trained{end}") for n in range(LAYERS) for end in ("", "-ahead")
+    ]
     assert report.layers_done == {"collecting": 1, "saving": 0, "between the two": 1, "installing": 2}[place]
     assert contents(resumed, "trained", "trained-ahead") == contents(uninterrupted, "trained", "trained-ahead")
     assert resumed.predictors == uninterrupted.predictors

@@ -221,6 +221,18 @@ def test_degenerate_inputs_give_numbers(special: str) -> None:
     np.testing.assert_allclose(inputs @ first.T @ second.T + found_bias, inputs @ up.T + bias, atol=3e-2)
 
 
+def test_a_covariance_that_rounding_made_indefinite() -> None:
+    """As float32 sums of products do where the mean is many times what varies, and inputs span fewer directions than there are."""
+    rng = np.random.default_rng(fresh_seed())
+    up, bias = planted(rng, 60), np.zeros(D_FF, np.float32)
+    directions, _ = np.linalg.qr(rng.standard_normal((D_MODEL, D_MODEL)))
+    variances = np.where(np.arange(D_MODEL) < 30, 1.0, -2e-4)
+    covariance, mean = directions * variances @ directions.T, 100 * directions[0]
+    parts = weighted_low_rank(in_blocks(up), bias, mean.astype(np.float32), covariance.astype(np.float32), 8, seed=1)
+    for part in parts:
+        assert np.isfinite(part).all()
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf, -1e31])
 def test_weighted_a_damaged_neuron_does_not_spoil_its_layer(value: float) -> None:
     rng = np.random.default_rng(fresh_seed())
@@ -281,6 +293,17 @@ def test_ties_are_let_through_together() -> None:
     assert threshold < 2.0
     assert (scores > threshold).sum() == 5
     assert threshold == np.nextafter(np.float32(2.0), np.float32(0))
+
+
+def test_a_threshold_below_zero_is_below_zero_for_kernels_too() -> None:
+    """They flush subnormal numbers."""
+    threshold = recall_threshold(np.zeros(5, np.float32), 0.99)
+    assert threshold <= -np.finfo(np.float32).tiny
+
+
+def test_nine_of_ten_are_nine() -> None:
+    scores = np.arange(10, dtype=np.float32)
+    assert (scores > recall_threshold(scores, 0.9)).sum() == 9
 
 
 def test_nothing_active_is_never_exceeded() -> None:

@@ -172,23 +172,33 @@ def test_names_that_may_be(store: Store, name: str) -> None:
     check_name(store, name)
 
 
-@pytest.mark.parametrize("name", ["", ".", "..", ".hidden", "a/b", "../x", "a b", "a\n", "a\0", "auto", "exact", "none", "-", "_.-"])
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", ".hidden", "a/b", "../x", "a b", "a\n", "a\0", "auto", "exact", "none", "-", "_.-"]
+)
 def test_names_that_may_not_be(store: Store, name: str) -> None:
     with pytest.raises(InflashError, match="predictor name: expected letters, digits") as error:
         check_name(store, name, replace=True)
     assert repr(name) in str(error.value)
 
 
+def test_dense_is_no_predictors_name(store: Store) -> None:
+    with pytest.raises(InflashError, match="predictor name"):
+        check_name(store, "dense")
+
+
 def test_taken_names(with_one: Store) -> None:
     check_name(with_one, "another")
     check_name(with_one, "mine", replace=True)
-    with pytest.raises(InflashError, match=r"copy: there is a predictor 'mine' already; choose another --name, or give --replace"):
+    with pytest.raises(
+        InflashError, match=r"copy: there is a predictor 'mine' already; choose another --name, or give --replace"
+    ):
         check_name(with_one, "mine")
 
 
 def test_two_makers_at_once_are_refused(store: Store) -> None:
     with making_predictor(store, "mine") as folder:
         assert folder == partial_folder(store, "mine")
+        (folder / "work").touch()
         with pytest.raises(InflashError, match="another process is making the predictor 'mine'"), making_predictor(store, "mine"):
             pytest.fail("two made the same predictor")
         with pytest.raises(InflashError, match="another process is making"):
@@ -197,9 +207,17 @@ def test_two_makers_at_once_are_refused(store: Store) -> None:
         other = add_predictor(store, "other", INFOS["signs"], iter(layers))  # another name is nobody's business
         assert holds(other, "other", layers)
     with making_predictor(store, "mine") as folder:  # the lock is gone
-        (folder / "work").touch()
-    assert (folder / "work").exists()  # what was done stays for a later run
+        assert (folder / "work").exists()  # what was done stays for a later run
     assert open_store(store.path).predictors.keys() == {"other"}
+
+
+def test_a_refused_maker_leaves_the_others_folder(store: Store) -> None:
+    """Which is empty at first: without it a third one would not find the lock."""
+    with making_predictor(store, "mine") as folder:
+        for _ in range(2):
+            with pytest.raises(InflashError, match="another process is making"), making_predictor(store, "mine"):
+                pytest.fail("two made the same predictor")
+        assert folder.exists()
 
 
 def test_a_maker_that_failed_leaves_no_lock(store: Store) -> None:
@@ -220,7 +238,10 @@ def test_a_store_that_cannot_be_written_to(store: Store) -> None:
 
 
 def test_a_name_that_the_disk_refuses(store: Store) -> None:
-    with pytest.raises(InflashError, match="the store cannot be written to: File name too long"), making_predictor(store, "x" * 300):
+    with (
+        pytest.raises(InflashError, match="the store cannot be written to: File name too long"),
+        making_predictor(store, "x" * 300),
+    ):
         pytest.fail("no file system has such names")
 
 
