@@ -6,6 +6,7 @@ from ..errors import InflashError
 
 FFN_MODES = ("sparse", "hybrid", "naive", "resident")
 POLICIES = ("lru", "window")
+PREDICTOR_METHODS = ("trained", "weighted-svd", "sign-bits")
 COMPUTE_DTYPES = ("auto", "bfloat16", "float32")
 
 

@@ -5,7 +5,7 @@ Axes: W windows, C tokens of a window, B tokens of a batch, D d_model, F d_ff, R
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 
 import jax
 import numpy as np
@@ -19,10 +19,10 @@ from ..storage.low_rank import recall_threshold, weighted_low_rank
 from ..storage.predictor_layout import LOW_RANK, SIGN_BITS, PredictorInfo
 from ..storage.scratch import BitArray, WindowArray
 from ..storage.sign_bits import packed_signs, sign_scale
+from .options import PREDICTOR_METHODS
 from .predictors import LayerPredictor
 from .weights import on_device
 
-METHODS = ("trained", "weighted-svd", "sign-bits")
 _HELD_OUT = 8  # one window of so many
 _MOST_HELD_OUT = 1 << 27  # pairs: enough for a threshold, and what their active ones take stays below a few hundred MiB
 _BUFFER_BYTES = 128 << 20  # of pairs shuffled together
@@ -34,7 +34,7 @@ class FitOptions:
     """How predictors are fitted.
 
     Attributes:
-      method: one of METHODS.
+      method: one of PREDICTOR_METHODS.
       rank: R of every layer; None: the smallest that will do.
       recall: share of the active neurons that should be named.
       most_predicted: how many times as many neurons as are active may be named for a rank to do.
@@ -54,8 +54,8 @@ class FitOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise InflashError(f"method should be one of {', '.join(METHODS)}, found {self.method!r}")
+        if self.method not in PREDICTOR_METHODS:
+            raise InflashError(f"method should be one of {', '.join(PREDICTOR_METHODS)}, found {self.method!r}")
         if not 0 < self.recall < 1:
             raise InflashError(f"recall: expected a share between 0 and 1, such as 0.99, found {self.recall}")
         if not self.most_predicted > 1:
@@ -217,8 +217,7 @@ class LayerFit:
         tokens = len(self._pairs.training) * self._pairs.active.shape[1]
         batch = min(options.batch_tokens, tokens)
         steps = options.epochs * (tokens // batch)
-        optimiser = optax.adam(optax.cosine_decay_schedule(options.learning_rate, steps))
-        step = jit(partial(_step, optimiser))
+        optimiser, step = _training_step(options.learning_rate, steps)
         parameters: Parameters = {name: jax.numpy.asarray(value, "float32") for name, value in start.items()}
         parameters["log_sharpness"] = jax.numpy.asarray(1.0, "float32")
         state = optimiser.init(parameters)
@@ -293,6 +292,13 @@ def moments(pairs: Pairs) -> Moments:
     return Moments(
         mean=(origin + mean).astype(np.float32), covariance=covariance.astype(np.float32), active=num_active / num_pairs
     )
+
+
+@lru_cache(maxsize=2)
+def _training_step(learning_rate: float, steps: int):
+    """The optimiser, and a step of it that is compiled once for all layers."""
+    optimiser = optax.adam(optax.cosine_decay_schedule(learning_rate, steps))
+    return optimiser, jit(partial(_step, optimiser))
 
 
 def _step(optimiser, parameters: Parameters, state, inputs, active, share):

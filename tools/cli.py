@@ -16,6 +16,7 @@ from importlib import import_module
 from .. import __version__
 from ..errors import InflashError, RunError
 from . import arguments as flags
+from . import predictor_arguments as predictor_flags
 
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 
@@ -88,7 +89,7 @@ custom_id. A run that was interrupted goes on where it was when the same command
     "train-predictor": Command(
         module="train_predictor",
         summary="make a predictor of active neurons for a store, from text",
-        add_arguments=flags.add_train_predictor,
+        add_arguments=predictor_flags.add_train_predictor,
         details="""\
 Runs the model over the text, one layer at a time, and fits each layer's predictor to which neurons were active. An eighth of the text is
 held out to set the thresholds. A run that was killed goes on where it was when the same command is given again.
@@ -101,7 +102,7 @@ held out to set the thresholds. A run that was killed goes on where it was when 
     "eval": Command(
         module="evaluate",
         summary="judge predictors: quality beside the dense model, recall, neurons named",
-        add_arguments=flags.add_eval,
+        add_arguments=predictor_flags.add_eval,
         details="""\
 Runs the model over the text, dense and with each predictor, and compares. Use text that the predictor was not trained on.
 
@@ -113,7 +114,7 @@ Runs the model over the text, dense and with each predictor, and compares. Use t
     "import-predictor": Command(
         module="import_predictor",
         summary="add a predictor that was made elsewhere to a store",
-        add_arguments=flags.add_import_predictor,
+        add_arguments=predictor_flags.add_import_predictor,
         details="""\
 SRC is one of these; which one is seen from the tensors' names:
 
@@ -130,7 +131,7 @@ PyTorch's files need the extra inflash[torch]. Only tensors are read from them: 
     "export-predictor": Command(
         module="export_predictor",
         summary="write a store's predictor to one file, to share it",
-        add_arguments=flags.add_export_predictor,
+        add_arguments=predictor_flags.add_export_predictor,
         details="""\
 The file holds the predictor alone, with checksums, none of the model's weights. It fits every store of the same model, whatever its
 dtype.

@@ -12,6 +12,7 @@ Everything random is a function of (seed, step), and the state is an Orbax check
 import argparse
 import json
 import time
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -60,16 +61,9 @@ def losses(parameters: Parameters, rows: jax.Array, config: DemoConfig) -> tuple
     return cross_entropy, jnp.stack(effective), active
 
 
-def train(output: Path, config: DemoConfig, steps: int, batch: int, seed: int) -> Parameters:
-    """Runs (or resumes) the training; returns the final parameters, float32."""
-    tokenizer_file = output / "tokenizer.json"
-    if not tokenizer_file.exists():
-        train_tokenizer(config.vocab_size).save(str(tokenizer_file))
-    tokenizer = Tokenizer.from_file(str(tokenizer_file))
-    stream = encode(tokenizer, False, output / "train_tokens.npy")
-    held_out = encode(tokenizer, True, output / "validation_tokens.npy")
-    print(f"{len(stream):,} tokens to train on, {len(held_out):,} held out", flush=True)
-
+@lru_cache(maxsize=1)
+def make_update(config: DemoConfig, steps: int):
+    """The optimiser of a training of so many steps, and one step of it: (state, rows) to (state, loss, active shares)."""
     schedule = optax.warmup_cosine_decay_schedule(0.0, 1.5e-3, steps // 20, steps, 1e-4)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.95, weight_decay=0.05))
 
@@ -96,6 +90,20 @@ def train(output: Path, config: DemoConfig, steps: int, batch: int, seed: int) -
             active,
         )
 
+    return optimizer, update
+
+
+def train(output: Path, config: DemoConfig, steps: int, batch: int, seed: int) -> Parameters:
+    """Runs (or resumes) the training; returns the final parameters, float32."""
+    tokenizer_file = output / "tokenizer.json"
+    if not tokenizer_file.exists():
+        train_tokenizer(config.vocab_size).save(str(tokenizer_file))
+    tokenizer = Tokenizer.from_file(str(tokenizer_file))
+    stream = encode(tokenizer, False, output / "train_tokens.npy")
+    held_out = encode(tokenizer, True, output / "validation_tokens.npy")
+    print(f"{len(stream):,} tokens to train on, {len(held_out):,} held out", flush=True)
+
+    optimizer, update = make_update(config, steps)
     parameters = initial_parameters(jax.random.key(seed), config)
     state = {
         "parameters": parameters,

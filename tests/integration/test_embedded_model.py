@@ -106,7 +106,7 @@ def test_its_trained_predictor_keeps_the_dense_model_s_quality(store: Store, tmp
     trained = add_predictor(trained, PREDICTOR, info, layers)
     tokenizer = load_tokenizer(trained)
     assert tokenizer is not None
-    windows = read_windows(text, tokenizer, bos_id=trained.config.bos_token_id, context=512, most_tokens=16_000)
+    windows = read_windows(text, tokenizer, bos_id=trained.config.bos_token_id, context=512, most_tokens=8_000)
     judged = evaluate(trained, windows, [PREDICTOR])
     found = judged["predictors"][PREDICTOR]
     assert found["recall"] >= 0.99
