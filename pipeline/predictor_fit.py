@@ -25,7 +25,7 @@ from .weights import on_device
 
 _HELD_OUT = 8  # one window of so many
 _MOST_HELD_OUT = 1 << 27  # pairs: enough for a threshold, and what their active ones take stays below a few hundred MiB
-_BUFFER_BYTES = 128 << 20  # of pairs shuffled together
+_BUFFER_BYTES = 128 << 20  # of pairs shuffled together, or kept
 _ROWS_TOGETHER = 2048  # of the up projection, in float32
 
 
@@ -91,17 +91,19 @@ Report = Callable[[str], object]
 """Told in a few words what is being done."""
 
 
-@dataclass(frozen=True, slots=True)
 class Pairs:
-    """What a layer's FFN saw and did. An eighth of the windows, evenly spread, is held out.
+    """What a layer's FFN saw and did. An eighth of the windows, evenly spread, is held out. What is small stays in memory once read.
 
     Attributes:
       inputs: [W, C, D], of this layer, or of the one before for a predictor that looks ahead.
       active: [W, C, F].
     """
 
-    inputs: WindowArray
-    active: BitArray
+    def __init__(self, inputs: WindowArray, active: BitArray) -> None:
+        self.inputs, self.active = inputs, active
+        windows, context, d_ff = active.shape
+        num_bytes = windows * context * (4 * inputs.shape[2] + d_ff)
+        self._kept = (inputs.read(0, windows), active.read(0, windows)) if num_bytes <= _BUFFER_BYTES else None
 
     @property
     def num_windows(self) -> int:
@@ -120,6 +122,9 @@ class Pairs:
 
     def read(self, window: int) -> tuple[np.ndarray, np.ndarray]:
         """[C, D] f32 and [C, F] bool."""
+        if self._kept is not None:
+            inputs, active = self._kept
+            return inputs[window], active[window]
         return self.inputs.read(window, window + 1)[0], self.active.read(window, window + 1)[0]
 
     def batches(self, rng: np.random.Generator, size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:

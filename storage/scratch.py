@@ -2,7 +2,7 @@
 
 Axes: W windows, C tokens of a window, D d_model, F d_ff.
 
-Zarr arrays with a window a chunk, so that windows are written and read whole. They are scratch: nothing else reads them.
+Zarr arrays with a window a chunk, or several where windows are small: each chunk is a file. They are scratch: nothing else reads them.
 """
 
 from pathlib import Path
@@ -11,6 +11,7 @@ import ml_dtypes
 import numpy as np
 from numcodecs import PackBits
 
+_CHUNK_BYTES = 256 << 10
 _BITS_HEADER = 1  # byte that PackBits puts before the bits
 
 
@@ -71,11 +72,12 @@ def _open(folder: Path, shape: tuple[int, ...], dtype: np.dtype, *, compressed: 
         array = zarr.open_array(str(folder), mode="r+")
         assert isinstance(array, zarr.Array) and (array.shape, array.dtype) == (shape, dtype), f"{folder} holds another array"
         return array
+    window_bytes = max(1, int(np.prod(shape[1:])) * dtype.itemsize)
     return zarr.create_array(
         str(folder),
         shape=shape,
         dtype=dtype,
-        chunks=(1, *shape[1:]),
+        chunks=(min(max(1, _CHUNK_BYTES // window_bytes), shape[0]), *shape[1:]),
         compressors="auto" if compressed else None,
         filters=None,
         fill_value=0,

@@ -1,14 +1,25 @@
 """What holds for every test: strict JAX, fresh random examples without deadlines, and nothing left behind."""
 
+import atexit
 import multiprocessing
 import os
+import shutil
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import jax
 import pytest
 from hypothesis import settings
+
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    # Test processes, and commands that tests run, compile the same kernels: one run shares what it has compiled.
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="inflash-tests-")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+
+import jax
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")

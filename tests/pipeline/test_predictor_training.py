@@ -26,7 +26,7 @@ from inflash.storage.verify import find_faults
 
 pytestmark = pytest.mark.filterwarnings(BUFFERED)
 
-D_MODEL, D_FF, LAYERS, CONTEXT, PLANTED_RANK = 128, 512, 2, 64, 16
+D_MODEL, D_FF, LAYERS, CONTEXT, PLANTED_RANK = 128, 512, 2, 32, 16
 SIZES: dict[str, Any] = {
     "hidden_size": D_MODEL,
     "ffn_dim": D_FF,
@@ -81,7 +81,7 @@ def text(seed: int, tokens: int, vocab_size: int) -> TextWindows:
 
 @pytest.fixture(scope="module")
 def windows(planted: Store) -> TextWindows:
-    return text(1, 100 * (CONTEXT - 1), planted.config.vocab_size)
+    return text(1, 200 * (CONTEXT - 1), planted.config.vocab_size)
 
 
 def copy(store: Store, folder: Path) -> Store:
@@ -114,7 +114,7 @@ def test_a_planted_rank_is_enough(planted: Store, windows: TextWindows, tmp_path
     assert report.tokens == LAYERS * windows.num_tokens
     assert not partial_folder(store, "trained").exists()
     assert not find_faults(store)
-    judged = evaluate(store, text(2, 40 * (CONTEXT - 1), store.config.vocab_size), ["trained", "trained-ahead"])
+    judged = evaluate(store, text(2, 80 * (CONTEXT - 1), store.config.vocab_size), ["trained", "trained-ahead"])
     found = judged["predictors"]["trained"]
     assert 0.02 < found["active"] < 0.2
     assert 0.935 < found["recall"] < 0.965  # calibrated for 0.95 on other text
@@ -154,7 +154,7 @@ class Killed(BaseException):
 
 @pytest.fixture(scope="module")
 def fewer(windows: TextWindows) -> TextWindows:
-    return replace(windows, token_ids=windows.token_ids[:40])
+    return replace(windows, token_ids=windows.token_ids[:80])
 
 
 @pytest.fixture(scope="module")
@@ -263,7 +263,7 @@ def test_a_layer_that_is_never_active(planted: Store, windows: TextWindows, tmp_
     store = train(store, replace(windows, token_ids=windows.token_ids[:9]), report)
     fit = report.fits[0][2]
     assert (fit["active"], fit["predicted"], fit["recall"]) == (0, 0, 1)
-    json.dumps(evaluate(store, windows_of(np.arange(63), bos_id=2, context=CONTEXT, source=""), ["trained"]), allow_nan=False)
+    json.dumps(evaluate(store, windows_of(np.arange(31), bos_id=2, context=CONTEXT, source=""), ["trained"]), allow_nan=False)
 
 
 def test_what_counts_as_few_enough() -> None:
