@@ -8,6 +8,7 @@ in quality is seen in the predictor's own run, in which every layer reads what s
 """
 
 import math
+import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -121,11 +122,8 @@ def evaluate(
     Raises:
       InflashError: the store has no such predictor.
     """
-    names = list(dict.fromkeys(names))
-    for name in names:
-        if name not in store.predictors:
-            found = ", ".join(store.predictors) or "none"
-            raise InflashError(f"{store.path}: expected one of its predictors ({found}), found {name!r}")
+    names = check_names(store, names)
+    _check_space(store, windows, names)
     with (
         tempfile.TemporaryDirectory(prefix="inflash-eval-") as scratch,
         LayerwisePass(store, windows.context) as model,
@@ -135,6 +133,33 @@ def evaluate(
             comparison.pass_layer(layer)
         figures = comparison.compare_texts()
     return _document(store, windows, names, comparison, figures)
+
+
+def check_names(store: Store, names: Sequence[str]) -> list[str]:
+    """The names, each once.
+
+    Raises:
+      InflashError: the store has no such predictor.
+    """
+    for name in names:
+        if name not in store.predictors:
+            found = ", ".join(store.predictors) or "none"
+            raise InflashError(f"{store.path}: expected one of its predictors ({found}), found {name!r}")
+    return list(dict.fromkeys(names))
+
+
+def _check_space(store: Store, windows: TextWindows, names: Sequence[str]) -> None:
+    """Hidden states of every run wait on disk, and what look-ahead predictors read."""
+    ahead = sum(store.predictors[name].ahead for name in names)
+    arrays = 1 + len(names) + (ahead + 1 if ahead else 0)
+    needed = arrays * windows.token_ids.size * 4 * store.config.d_model
+    folder = tempfile.gettempdir()
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise InflashError(
+            f"{folder}: hidden states need {needed / 2**30:.2f} GiB, found {free / 2**30:.2f} GiB free; "
+            "set TMPDIR to a folder on a larger disk, or use fewer --tokens or predictors"
+        )
 
 
 class _Comparison:
@@ -147,16 +172,16 @@ class _Comparison:
         store = model.store
         shape = (*windows.token_ids.shape, store.config.d_model)
         self._ahead = {name for name in names if store.predictors[name].ahead}
-        self._hidden = {run: WindowArray(scratch / f"hidden-{run}", shape, "float32") for run in (DENSE, *names)}
+        self._hidden = {run: WindowArray(scratch / f"hidden-{run}", shape, "float32", create=True) for run in (DENSE, *names)}
         # What a predictor that looks ahead reads: the FFN inputs of the layer before, in its own run and in the dense one.
         reading = (DENSE, *self._ahead) if self._ahead else ()
-        self._before = {run: WindowArray(scratch / f"before-{run}", shape, "float32") for run in reading}
+        self._before = {run: WindowArray(scratch / f"before-{run}", shape, "float32", create=True) for run in reading}
         self.counts = {name: [GuessCounts() for _ in range(store.config.num_layers)] for name in names}
         self.thresholds: dict[str, list[float]] = {name: [] for name in names}
 
     def pass_layer(self, layer: int) -> None:
         model, token_ids = self._model, self._windows.token_ids
-        predictors = {name: load_layer(model.store, name, layer) for name in self._names}
+        predictors = {name: load_layer(model.store, name, layer, verify=True) for name in self._names}
         for name, predictor in predictors.items():
             self.thresholds[name].append(predictor.threshold)
         with model.attention(layer) as weights:

@@ -84,8 +84,10 @@ class LayerwisePass:
     def attention(self, layer: int) -> Iterator[dict[str, jax.Array]]:
         """The layer's attention weights in memory, for `run`."""
         weights = self.engine.matrices.take_attention(layer)
-        yield weights
-        self.engine.matrices.give_back_attention(layer, self._newest)
+        try:
+            yield weights
+        finally:
+            self.engine.matrices.give_back_attention(layer, self._newest)
 
     def run(
         self,

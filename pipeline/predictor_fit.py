@@ -26,6 +26,7 @@ from .weights import on_device
 _HELD_OUT = 8  # one window of so many
 _MOST_HELD_OUT = 1 << 27  # pairs: enough for a threshold, and what their active ones take stays below a few hundred MiB
 _BUFFER_BYTES = 128 << 20  # of pairs shuffled together, or kept
+_WORTHWHILE = 0.9  # a larger rank should spare a tenth of the neurons named
 _ROWS_TOGETHER = 2048  # of the up projection, in float32
 
 
@@ -35,7 +36,7 @@ class FitOptions:
 
     Attributes:
       method: one of PREDICTOR_METHODS.
-      rank: R of every layer; None: the smallest that will do.
+      rank: R of every layer; None: the smallest that will do, rising while the next one names a tenth fewer neurons.
       recall: share of the active neurons that should be named.
       most_predicted: how many times as many neurons as are active may be named for a rank to do.
       epochs: most passes over the pairs.
@@ -60,8 +61,12 @@ class FitOptions:
             raise InflashError(f"recall: expected a share between 0 and 1, such as 0.99, found {self.recall}")
         if not self.most_predicted > 1:
             raise InflashError(f"most predicted: expected more than 1 times the active neurons, found {self.most_predicted}")
-        if self.epochs < 1 or self.seed < 0:
-            raise InflashError(f"expected at least 1 epoch and a seed from 0, found {self.epochs} and {self.seed}")
+        if self.epochs < 1:
+            raise InflashError(f"epochs: expected at least 1, found {self.epochs}")
+        if self.seed < 0:
+            raise InflashError(f"seed: expected 0 or more, found {self.seed}")
+        if self.method == "sign-bits" and self.rank is not None:
+            raise InflashError(f"rank: sign bits have none, found {self.rank}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,7 +174,7 @@ class LayerFit:
         most_rank: int,
         report: Report = lambda words: None,
     ) -> None:
-        """Measures the inputs.
+        """Reads nothing yet.
 
         Args:
           pairs: as collected.
@@ -183,7 +188,7 @@ class LayerFit:
         self._dtype, self._most_rank = dtype, min(most_rank, up_rows.shape[1])
 
     def best(self) -> Fit:
-        """The predictor asked for: of the given rank, or of the smallest that does, or else of the largest there is room for."""
+        """The predictor asked for: of the given rank, or of the smallest that does and pays, or else of the largest allowed."""
         if self._options.method == "sign-bits":
             return self._sign_bits()
         self._moments = moments(self._pairs)
@@ -191,11 +196,13 @@ class LayerFit:
         self._start = weighted_low_rank(
             self._blocks, self._up_bias, self._moments.mean, self._moments.covariance, max(ranks), self._options.seed
         )
-        for rank in ranks[:-1]:
+        best = self._low_rank(ranks[0])
+        for rank in ranks[1:]:
             fit = self._low_rank(rank)
-            if fit.does(self._options):
-                return fit
-        return self._low_rank(ranks[-1])
+            if best.does(self._options) and fit.predicted > _WORTHWHILE * best.predicted:
+                break
+            best = fit
+        return best
 
     def _blocks(self) -> Iterator[np.ndarray]:
         return (self._up[start : start + _ROWS_TOGETHER] for start in range(0, len(self._up), _ROWS_TOGETHER))
@@ -233,7 +240,7 @@ class LayerFit:
                 parameters, state = step(parameters, state, inputs, active, share)
             loss = self._held_out_loss(parameters, share)
             self._report(f"rank {rank}, epoch {epoch + 1}: loss {loss:.4f}")
-            if loss >= best_loss:
+            if not loss < best_loss:  # nor NaN
                 break
             best, best_loss = parameters, loss
         return {name: np.asarray(value) for name, value in best.items() if name != "log_sharpness"}, best_loss

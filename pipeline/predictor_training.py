@@ -19,7 +19,9 @@ In the predictor's partial folder:
 
 import json
 import shutil
+import warnings
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -32,7 +34,7 @@ from ..storage.layout import neuron_bytes, resident_bytes
 from ..storage.predictor_layout import BY_NEURON, LOW_RANK, SIGN_BITS, PredictorInfo
 from ..storage.predictor_store import check_name, install_predictor, making_predictor, save_predictor_layer
 from ..storage.scratch import BitArray, WindowArray
-from ..storage.store import Store, sync_tree
+from ..storage.store import Store, open_store, sync_tree
 from .layerwise import LayerwisePass
 from .predictor_fit import Fit, FitOptions, LayerFit, Pairs
 from .text_windows import TextWindows
@@ -91,14 +93,14 @@ class TrainingReport(Protocol):
 
 
 def train_predictor(
-    store: Store, make_windows: Callable[[], TextWindows], text: str, options: TrainingOptions, report: TrainingReport
+    store: Store, make_windows: Callable[[], TextWindows], text: dict[str, Any], options: TrainingOptions, report: TrainingReport
 ) -> Store:
     """Makes predictors from text and adds them to the store.
 
     Args:
       store: the model.
       make_windows: gives the text; not called when an unfinished run has it.
-      text: tells one text from another, so that a run with another one does not go on with this one's work.
+      text: what tells one text from another, so that a run with another one does not go on with this one's work; "source" for people.
       options: what to make.
       report: progress.
 
@@ -110,30 +112,36 @@ def train_predictor(
     """
     if options.fit.rank is not None and not 1 <= options.fit.rank <= store.config.d_model:
         raise InflashError(f"rank: expected auto, or 1 to d_model = {store.config.d_model}, found {options.fit.rank}")
-    with making_predictor(store, options.name) as folder:
-        for name in options.names.values():
-            # An unfinished run has checked that already, and may have added one of two.
-            check_name(store, name, replace=options.replace or (folder / "job.json").exists())
-        windows = _resume(folder, _job(store, text, options), make_windows, options.restart)
+    with ExitStack() as locks:
+        folders = [locks.enter_context(making_predictor(store, name)) for name in options.names.values()]
+        folder = folders[0]
+        for part, name in options.names.items():
+            # What an unfinished run has moved to its place already is its own.
+            if (folder / part).exists() or not (folder / "job.json").exists():
+                check_name(open_store(store.path), name, replace=options.replace)
+        windows = _resume(store, folder, _job(store, text, options), make_windows, options)
         trained = _Training(store, folder, windows, options, report).run()
         _clear(folder)
     return trained
 
 
-def _job(store: Store, text: str, options: TrainingOptions) -> dict[str, Any]:
-    return {"source": store.source, "text": text, "look_ahead": options.look_ahead, "most_share": options.most_share} | asdict(
-        options.fit
-    )
+def _job(store: Store, text: dict[str, Any], options: TrainingOptions) -> dict[str, Any]:
+    choices = {"model": store.source, "look_ahead": options.look_ahead, "most_share": options.most_share}
+    return text | choices | asdict(options.fit)
 
 
-def _resume(folder: Path, job: dict[str, Any], make_windows: Callable[[], TextWindows], restart: bool) -> TextWindows:
+def _resume(
+    store: Store, folder: Path, job: dict[str, Any], make_windows: Callable[[], TextWindows], options: TrainingOptions
+) -> TextWindows:
     """The text: of an unfinished run of the same job, or new."""
     file, tokens = folder / "job.json", folder / "windows.npy"
-    if restart or not file.exists():
+    if options.restart or not file.exists():
         _clear(folder)
         windows = make_windows()
+        _check_space(store, folder, windows, options)
         with tokens.open("wb") as stream:
             np.save(stream, windows.token_ids, allow_pickle=False)
+        sync_tree(tokens)
         _write_json(file, job)
         return windows
     found = read_json_object(file)
@@ -143,7 +151,20 @@ def _resume(folder: Path, job: dict[str, Any], make_windows: Callable[[], TextWi
             f"{folder}: an unfinished run made this predictor with other settings ({changes}); "
             "give the same ones to go on with it, another --name, or --restart to drop its work"
         )
-    return TextWindows(token_ids=np.load(tokens, allow_pickle=False), source=job["text"])
+    return TextWindows(token_ids=np.load(tokens, allow_pickle=False), source=job["source"])
+
+
+def _check_space(store: Store, folder: Path, windows: TextWindows, options: TrainingOptions) -> None:
+    """Hidden states of two layers, FFN inputs of one or two, and bits of activity, before anything is written."""
+    config, itemsize = store.config, 4 if store.dtype == "float32" else 2
+    inputs = (2 if options.look_ahead else 1) * itemsize * config.d_model
+    needed = windows.token_ids.size * (2 * 4 * config.d_model + inputs + config.d_ff // 8)
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise InflashError(
+            f"{folder}: the pairs of a layer need up to {needed / 2**30:.2f} GiB, found {free / 2**30:.2f} GiB free; "
+            "free some space, or use fewer --tokens"
+        )
 
 
 class _Training:
@@ -164,7 +185,6 @@ class _Training:
         done = [(layer, name, fits[part][layer]) for layer in range(layers.start) for part, name in self._options.names.items()]
         self._report.began(self._windows, done)
         if layers:
-            self._check_space()
             with LayerwisePass(self._store, self._windows.context) as model:
                 for layer in layers:
                     self._do_layer(model, layer)
@@ -185,14 +205,24 @@ class _Training:
                 up_bias,
                 self._options.fit,
                 dtype=model.engine.compute.name,
-                most_rank=self._most_rank(part, layer),
+                most_rank=self._options.fit.rank or self._most_rank(part, layer),
                 report=lambda words, name=name: self._report.doing(f"layer {layer}, {name}: {words}"),
             ).best()
             self._save(part, layer, fit)
             fits[part].append({key: getattr(fit, key) for key in ("rank", "loss", "recall", "active", "predicted")})
             self._report.finished(layer, name, fits[part][-1])
+            if self._options.fit.rank is None and fit.rank is not None and not fit.does(self._options.fit):
+                warnings.warn(
+                    f"layer {layer}, {name}: {fit.predicted / max(fit.active, 1e-9):.1f} times as many neurons are named as are active; "
+                    f"rank {fit.rank} was the largest within most_share {self._options.most_share}",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
         self._advance(layer=layer + 1, collected=False)
-        for done in (f"hidden_{layer}", f"active_{layer}", f"inputs_{layer - 1}"):
+        read = (
+            layer - 1 if self._options.look_ahead else layer
+        )  # a predictor that looks ahead reads the last layer's inputs again
+        for done in (f"hidden_{layer}", f"active_{layer}", f"inputs_{read}"):
             shutil.rmtree(self._folder / done, ignore_errors=True)
 
     def _collect(self, model: LayerwisePass, layer: int) -> None:
@@ -200,8 +230,8 @@ class _Training:
         token_ids, group = self._windows.token_ids, model.group
         for begun in (f"inputs_{layer}", f"active_{layer}", f"hidden_{layer + 1}"):
             shutil.rmtree(self._folder / begun, ignore_errors=True)  # a kill may have left half a file
-        inputs, active = self._inputs(model, layer), self._active(layer)
-        following = self._hidden(layer + 1)
+        inputs, active = self._inputs(model, layer, create=True), self._active(layer, create=True)
+        following = self._hidden(layer + 1, create=True)
         with model.attention(layer) as weights:
             for first in range(0, len(token_ids), group):
                 last = min(first + group, len(token_ids))
@@ -245,48 +275,52 @@ class _Training:
         store = self._store
         for part, name in self._options.names.items():
             ranks = tuple(fit["rank"] for fit in self._progress["fits"][part] if fit["rank"])
-            store = install_predictor(store, name, replace(self._info(part), ranks=ranks), self._folder / part)
+            info = replace(self._info(part), ranks=ranks)
+            store = install_predictor(store, name, info, self._folder / part, replace=self._options.replace)
         return store
 
     def _most_rank(self, part: str, layer: int) -> int:
-        """What the layers before have left of the allowed share is divided over this one and those that follow."""
+        """No more than that: what the layers before have left of the allowed share is divided over this one and those that follow."""
+        if self._options.fit.method == "sign-bits":
+            return 1
         config = self._store.config
         itemsize = self._store.bundles.row_bytes // config.d_model
         weights = (resident_bytes(config, self._store.dtype) + neuron_bytes(config, self._store.dtype)) // itemsize
         each = config.d_model + config.d_ff
         spent = sum((fit["rank"] or 0) * each + config.d_ff for fit in self._progress["fits"][part][:layer])
         left = (self._options.most_share * weights - spent) / (config.num_layers - layer) - config.d_ff
-        return max(1, int(left / each))
+        if left < each:
+            raise InflashError(
+                f"most share: expected room for rank 1 at least, {each + config.d_ff} weights a layer, found {left + config.d_ff:.0f} in "
+                f"layer {layer}; give a larger --most-share, or a fixed --rank"
+            )
+        return int(left / each)
 
     def _advance(self, **changes: Any) -> None:
         self._progress |= changes
         _write_json(self._progress_file, self._progress)
 
-    def _check_space(self) -> None:
-        config, tokens = self._store.config, self._windows.token_ids.size
-        needed = tokens * (2 * 4 * config.d_model + 2 * 4 * config.d_model + config.d_ff // 8)
-        free = shutil.disk_usage(self._folder).free
-        if free < needed:
-            raise InflashError(
-                f"{self._folder}: the pairs of a layer need up to {needed / 2**30:.2f} GiB, found {free / 2**30:.2f} GiB free; "
-                "free some space, or use fewer --tokens"
-            )
+    def _hidden(self, layer: int, *, create: bool = False) -> WindowArray:
+        return self._floats(f"hidden_{layer}", "float32", create=create)
 
-    def _hidden(self, layer: int) -> WindowArray:
-        return WindowArray(
-            self._folder / f"hidden_{layer}", (*self._windows.token_ids.shape, self._store.config.d_model), "float32"
-        )
+    def _inputs(self, model: LayerwisePass, layer: int, *, create: bool = False) -> WindowArray:
+        return self._floats(f"inputs_{layer}", model.engine.compute.name, create=create)
 
-    def _inputs(self, model: LayerwisePass, layer: int) -> WindowArray:
+    def _floats(self, name: str, dtype: str, *, create: bool) -> WindowArray:
         shape = (*self._windows.token_ids.shape, self._store.config.d_model)
-        return WindowArray(self._folder / f"inputs_{layer}", shape, model.engine.compute.name)
+        return WindowArray(self._folder / name, shape, dtype, create=create)
 
-    def _active(self, layer: int) -> BitArray:
-        return BitArray(self._folder / f"active_{layer}", (*self._windows.token_ids.shape, self._store.config.d_ff))
+    def _active(self, layer: int, *, create: bool = False) -> BitArray:
+        shape = (*self._windows.token_ids.shape, self._store.config.d_ff)
+        return BitArray(self._folder / f"active_{layer}", shape, create=create)
 
 
 def _clear(folder: Path) -> None:
-    for entry in sorted(folder.iterdir()):  # job.json before progress.json: what is left after a kill is no unfinished run
+    """Empties the folder, what says how far a run has come first: a kill in between leaves nothing to go on with."""
+    for name in ("job.json", "progress.json"):
+        (folder / name).unlink(missing_ok=True)
+    sync_tree(folder)
+    for entry in folder.iterdir():
         shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
 

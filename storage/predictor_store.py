@@ -22,6 +22,7 @@ from .predictor_layout import PredictorInfo, predictor_specs
 from .resident import load_tensors, save_tensors
 from .store import Store, open_store, sync_tree
 
+_REMEDY = "make or import this predictor again with --replace"
 RESERVED_NAMES = ("auto", "dense", "exact", "none")
 
 
@@ -31,10 +32,7 @@ def check_name(store: Store, name: str, *, replace: bool = False) -> None:
     Raises:
       InflashError: says why.
     """
-    if name in RESERVED_NAMES or not name.replace("-", "").replace("_", "").replace(".", "").isalnum() or name.startswith("."):
-        raise InflashError(
-            f"predictor name: expected letters, digits, '-', '_' or '.', and none of {RESERVED_NAMES}, found {name!r}"
-        )
+    _check_spelling(name)
     if name in store.predictors and not replace:
         raise InflashError(f"{store.path}: there is a predictor {name!r} already; choose another --name, or give --replace")
 
@@ -47,7 +45,7 @@ def load_predictor_layer(store: Store, name: str, layer: int, *, verify: bool = 
     """
     specs = predictor_specs(store.config, store.predictors[name], layer)
     parts: dict[str, list[np.ndarray]] = {}
-    for piece, rows in load_tensors(store.predictor_folder(name, layer), specs, verify=verify):
+    for piece, rows in load_tensors(store.predictor_folder(name, layer), specs, verify=verify, remedy=_REMEDY):
         parts.setdefault(piece.spec.name, []).append(rows)
     return {key: np.concatenate(rows) if len(rows) > 1 else rows[0] for key, rows in parts.items()}
 
@@ -94,20 +92,26 @@ def making_predictor(store: Store, name: str) -> Iterator[Path]:
         os.close(descriptor)
 
 
-def install_predictor(store: Store, name: str, info: PredictorInfo, layers: Path) -> Store:
+def install_predictor(store: Store, name: str, info: PredictorInfo, layers: Path, *, replace: bool = False) -> Store:
     """Gives the folder `layers` its final place and names it in the store's attributes. Safe to be repeated after a kill.
 
     Args:
-      store: to add to; a predictor of the same name is replaced.
+      store: to add to.
       name: of the predictor.
       info: its description.
       layers: complete; may have been moved already by an earlier call that was killed.
+      replace: there may be a predictor of this name, which ends here.
 
     Returns:
       The store with the predictor.
+
+    Raises:
+      InflashError: the name was taken meanwhile.
     """
     place = store.path / PREDICTORS_FOLDER / name
     with _locked(store):
+        if layers.exists():
+            check_name(open_store(store.path), name, replace=replace)
         if not layers.exists() and not place.exists():
             raise InflashError(f"{layers}: expected the layers of the predictor {name!r}, found nothing")
         if layers.exists():
@@ -120,7 +124,9 @@ def install_predictor(store: Store, name: str, info: PredictorInfo, layers: Path
     return open_store(store.path)
 
 
-def add_predictor(store: Store, name: str, info: PredictorInfo, layers: Iterator[Mapping[str, np.ndarray]]) -> Store:
+def add_predictor(
+    store: Store, name: str, info: PredictorInfo, layers: Iterator[Mapping[str, np.ndarray]], *, replace: bool = False
+) -> Store:
     """Writes a predictor from its layers' tensors, in order, and names it in the store's attributes."""
     with making_predictor(store, name) as folder:
         if any(entry.name != "layers" for entry in folder.iterdir()):
@@ -132,13 +138,13 @@ def add_predictor(store: Store, name: str, info: PredictorInfo, layers: Iterator
                 save_predictor_layer(complete, store.config, info, layer, tensors)
             if (found := len(list(complete.iterdir()))) != store.config.num_layers:
                 raise InflashError(f"predictor {name!r}: expected {store.config.num_layers} layers, found {found}")
-            return install_predictor(store, name, info, complete)
+            return install_predictor(store, name, info, complete, replace=replace)
         finally:
             shutil.rmtree(complete, ignore_errors=True)
 
 
 def _check_spelling(name: str) -> None:
-    if name in RESERVED_NAMES or not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
+    if name in RESERVED_NAMES or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
         taken = ", ".join(RESERVED_NAMES)
         raise InflashError(f"predictor name: expected letters, digits, '-', '_' and '.', and none of {taken}; found {name!r}")
 

@@ -80,18 +80,21 @@ def save_tensors(folder: Path, specs: tuple[TensorSpec, ...], tensor: Callable[[
     (folder / CHECKSUMS_FILE).write_text(json.dumps(checksums, indent=1) + "\n", encoding="utf-8")
 
 
-def load_tensors(folder: Path, specs: tuple[TensorSpec, ...], *, verify: bool = False) -> Iterator[tuple[Piece, np.ndarray]]:
+def load_tensors(
+    folder: Path, specs: tuple[TensorSpec, ...], *, verify: bool = False, remedy: str = "convert the model again"
+) -> Iterator[tuple[Piece, np.ndarray]]:
     """Yields every piece of the group `folder` with its rows, a checkpoint at a time.
 
     Args:
       folder: what `save_tensors` wrote.
       specs: the group's tensors.
       verify: compare every piece with its checksum.
+      remedy: what to do about damage.
 
     Raises:
       InflashError: the group is missing, cannot be read, contradicts its specs, or is damaged and `verify` is set.
     """
-    checksums = _read_checksums(folder) if verify else {}
+    checksums = _read_checksums(folder, remedy) if verify else {}
     for number, checkpoint in enumerate(pieces(specs)):
         path = folder / str(number)
         if not path.is_dir():
@@ -110,8 +113,7 @@ def load_tensors(folder: Path, specs: tuple[TensorSpec, ...], *, verify: bool = 
             name = f"{number}/{piece.spec.name}"
             if verify and checksums.get(name) != (found := _checksum(leaf)):
                 raise InflashError(
-                    f"{folder / name}: expected checksum {checksums.get(name)}, found {found}; "
-                    "the store is damaged, convert the model again"
+                    f"{folder / name}: expected checksum {checksums.get(name)}, found {found}; the store is damaged, {remedy}"
                 )
             yield piece, leaf
 
@@ -154,12 +156,12 @@ def _checksum(leaf: np.ndarray) -> str:
     return f"{crc32c(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8)):08x}"
 
 
-def _read_checksums(folder: Path) -> dict[str, str]:
+def _read_checksums(folder: Path, remedy: str) -> dict[str, str]:
     path = folder / CHECKSUMS_FILE
     try:
         document = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
-        raise InflashError(f"{path}: the checksums of this group cannot be read: {error}; convert the model again") from error
+        raise InflashError(f"{path}: the checksums of this group cannot be read: {error}; {remedy}") from error
     return document if isinstance(document, dict) else {}
 
 

@@ -11,6 +11,8 @@ import ml_dtypes
 import numpy as np
 from numcodecs import PackBits
 
+from ..errors import RunError
+
 _CHUNK_BYTES = 256 << 10
 _BITS_HEADER = 1  # byte that PackBits puts before the bits
 
@@ -22,11 +24,14 @@ class WindowArray:
       shape: (W, C, D).
     """
 
-    def __init__(self, folder: Path, shape: tuple[int, int, int], dtype: str) -> None:
-        """Opens the array in `folder`, or makes it. `dtype` is "float32" or "bfloat16", whose bits Zarr keeps as uint16."""
+    def __init__(self, folder: Path, shape: tuple[int, int, int], dtype: str, *, create: bool = False) -> None:
+        """Opens the array in `folder`, or makes it where `create` is set.
+
+        `dtype` is "float32", or "bfloat16", whose bits Zarr keeps as uint16.
+        """
         self.shape = shape
         self._bits = dtype == "bfloat16"
-        self._array = _open(folder, shape, np.dtype(np.uint16 if self._bits else np.float32), compressed=False)
+        self._array = _open(folder, shape, np.dtype(np.uint16 if self._bits else np.float32), compressed=False, create=create)
 
     def write(self, first: int, values: np.ndarray) -> None:
         """Writes windows [n, C, D] from `first` on."""
@@ -47,12 +52,12 @@ class BitArray:
       shape: (W, C, F).
     """
 
-    def __init__(self, folder: Path, shape: tuple[int, int, int]) -> None:
-        """Opens the array in `folder`, or makes it."""
+    def __init__(self, folder: Path, shape: tuple[int, int, int], *, create: bool = False) -> None:
+        """Opens the array in `folder`, or makes it where `create` is set."""
         self.shape = shape
         self._codec = PackBits()
         packed = -(-shape[1] * shape[2] // 8) + _BITS_HEADER
-        self._array = _open(folder, (shape[0], packed), np.dtype(np.uint8), compressed=True)
+        self._array = _open(folder, (shape[0], packed), np.dtype(np.uint8), compressed=True, create=create)
 
     def write(self, first: int, values: np.ndarray) -> None:
         """Writes windows [n, C, F] from `first` on."""
@@ -65,13 +70,15 @@ class BitArray:
         return np.stack([np.asarray(self._codec.decode(row)).view(bool).reshape(self.shape[1:]) for row in rows])
 
 
-def _open(folder: Path, shape: tuple[int, ...], dtype: np.dtype, *, compressed: bool):
+def _open(folder: Path, shape: tuple[int, ...], dtype: np.dtype, *, compressed: bool, create: bool):
     import zarr
 
     if (folder / "zarr.json").exists():
         array = zarr.open_array(str(folder), mode="r+")
         assert isinstance(array, zarr.Array) and (array.shape, array.dtype) == (shape, dtype), f"{folder} holds another array"
         return array
+    if not create:  # an array made here would read as zeros
+        raise RunError(f"{folder}: expected an array of an earlier step, found none; give --restart to begin anew")
     window_bytes = max(1, int(np.prod(shape[1:])) * dtype.itemsize)
     return zarr.create_array(
         str(folder),

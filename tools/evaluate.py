@@ -12,34 +12,53 @@ from .table import table
 from .train_predictor import check_tokens, context_for, tokenizer_of
 
 _PROMPT_TOKENS = 32
+_LONGEST_DECODED = 2048
 
 
 def run(arguments: argparse.Namespace) -> int:
+    _check_flags(arguments)
     if arguments.tasks:
         return _run_tasks(arguments)
-    if not arguments.text:
-        raise InflashError("eval: expected --text FILE or --tasks NAME, found neither")
+    store = open_store(arguments.model)
+    if arguments.decode and not 0 < arguments.decode < min(store.config.max_positions, _LONGEST_DECODED):
+        raise InflashError(
+            f"--decode: expected 1 to {min(store.config.max_positions, _LONGEST_DECODED) - 1} tokens, found {arguments.decode}"
+        )
     if arguments.plot:
-        from .evaluation_plot import check_matplotlib
+        from .evaluation_plot import check_plot
 
-        check_matplotlib()  # before an hour of work rather than after
-    document = _judge(open_store(arguments.model), arguments)
+        check_plot(arguments.plot)  # before an hour of work rather than after
+    document = _judge(store, arguments)
+    print(json.dumps(document) if arguments.json else as_text(document))
     if arguments.plot:
         from .evaluation_plot import save_plot
 
         save_plot(document, arguments.plot)
-    print(json.dumps(document) if arguments.json else as_text(document))
-    if arguments.plot and not arguments.json:
-        print(f"\nplot: {arguments.plot}")
+        if not arguments.json:
+            print(f"\nplot: {arguments.plot}")
     return 0
 
 
+def _check_flags(arguments: argparse.Namespace) -> None:
+    """What belongs to text and what to tasks.
+
+    Raises:
+      InflashError: neither or both are asked for, or a flag of the one is given with the other.
+    """
+    if bool(arguments.tasks) == bool(arguments.text):
+        found = "both" if arguments.tasks else "neither"
+        raise InflashError(f"eval: expected either --text FILE or --tasks NAME, found {found}")
+    kind, others = ("--tasks", ("plot", "decode")) if arguments.tasks else ("--text", ("include_path", "limit", "num_fewshot"))
+    if ignored := [f"--{name.replace('_', '-')}" for name in others if getattr(arguments, name)]:
+        raise InflashError(f"eval: {', '.join(ignored)} does not go with {kind}; leave it out")
+
+
 def _judge(store: Store, arguments: argparse.Namespace) -> dict[str, Any]:
-    from ..pipeline.evaluation import evaluate
+    from ..pipeline.evaluation import check_names, evaluate
     from ..pipeline.text_windows import read_windows
 
     check_tokens(arguments.tokens)
-    names = list(dict.fromkeys(arguments.predictor or store.predictors))
+    names = check_names(store, arguments.predictor or list(store.predictors))
     windows = read_windows(
         arguments.text,
         tokenizer_of(store),
@@ -62,8 +81,6 @@ def _decoded(store: Store, name: str, token_ids: Any, count: int) -> dict[str, f
     from ..pipeline.sampling_params import SamplingParams
 
     with LLM(store.path, predictor=name, max_num_seqs=1) as llm:
-        if not 0 < count < llm.max_model_len:
-            raise InflashError(f"--decode: expected 1 to {llm.max_model_len - 1} tokens, found {count}")
         prompt = token_ids[: min(_PROMPT_TOKENS, llm.max_model_len - count)].tolist()
         llm.generate([prompt], SamplingParams(max_tokens=count, temperature=0.0, ignore_eos=True))
         summary = llm.engine.times.summary()
@@ -122,8 +139,6 @@ def _run_tasks(arguments: argparse.Namespace) -> int:
     from ..pipeline.llm import LLM
     from .harness import evaluate_tasks, results_table
 
-    if arguments.text:
-        raise InflashError("eval: expected --text or --tasks, found both; run the command once for each")
     if arguments.predictor and len(arguments.predictor) > 1:
         raise InflashError(f"--tasks: expected one --predictor, found {len(arguments.predictor)}; run the command once for each")
     name = arguments.predictor[0] if arguments.predictor else "auto"

@@ -6,16 +6,21 @@ from typing import Any
 from ..errors import InflashError, RunError
 
 
-def check_matplotlib() -> None:
-    """Says how to get matplotlib where it is missing.
+def check_plot(file: Path) -> None:
+    """Finds what would keep `save_plot` from writing the file.
 
     Raises:
-      InflashError: it is.
+      InflashError: matplotlib is missing, there is no such folder, or no such kind of image.
     """
     try:
-        import matplotlib  # noqa: F401
+        from matplotlib.backend_bases import FigureCanvasBase
     except ImportError as error:
         raise InflashError("--plot needs matplotlib, which is not installed; run pip install 'inflash[plot]'") from error
+    if not file.absolute().parent.is_dir():
+        raise InflashError(f"--plot: {file.absolute().parent}: this folder does not exist; make it first")
+    kinds = sorted(FigureCanvasBase.get_supported_filetypes())
+    if file.suffix.removeprefix(".").lower() not in kinds:
+        raise InflashError(f"--plot: {file}: expected a name that ends in one of {', '.join(kinds)}")
 
 
 def save_plot(document: dict[str, Any], file: Path) -> None:

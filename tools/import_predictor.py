@@ -28,7 +28,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.threshold is not None:
         layers = _with_threshold(layers, check_threshold(arguments.threshold, "--threshold"))
         info = replace(info, recall=None)  # which was another threshold's
-    store = add_predictor(store, name, info, layers)
+    store = add_predictor(store, name, info, layers, replace=arguments.replace)
     size = predictor_bytes(store.config, info)
     if arguments.json:
         print(json.dumps({"path": str(store.path), "name": name, **info.to_json(), "bytes": size}))

@@ -9,6 +9,8 @@ from .arguments import add_json, add_model
 
 def rank_or_auto(text: str) -> int | None:
     """`auto` is None."""
+    if text != "auto" and not text.isdigit():
+        raise argparse.ArgumentTypeError(f"expected auto or a number, found {text!r}")
     return None if text == "auto" else int(text)
 
 
@@ -44,7 +46,8 @@ def add_train_predictor(parser: argparse.ArgumentParser) -> None:
         "--rank",
         type=rank_or_auto,
         metavar="auto|N",
-        help="rank of every layer; auto gives each layer the smallest that reaches the recall without naming too many (default: auto)",
+        help="rank of every layer; auto gives each layer the smallest that reaches the recall without naming too many, "
+        "and more while that spares a tenth of the neurons named (default: auto)",
     )
     parser.add_argument(
         "--recall",

@@ -11,6 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ..errors import InflashError
+from ..storage.predictor_store import check_name, partial_folder
 from ..storage.store import Store, open_store
 from .progress import progress_bar
 from .table import table
@@ -27,6 +28,9 @@ def run(arguments: argparse.Namespace) -> int:
 
     store = open_store(arguments.model)
     options = _options(arguments)
+    for name in options.names.values():
+        if not partial_folder(store, options.name).exists():  # else an unfinished run has its own names
+            check_name(store, name, replace=options.replace)  # before reading all the text
     report = _Report(store, quiet=arguments.json)
     windows, text = _text(store, arguments)
     try:
@@ -118,10 +122,15 @@ def _text(store: Store, arguments: argparse.Namespace):
             most_tokens=arguments.tokens or TEXT_TOKENS,
             least_windows=2,
         )
-        return lambda: windows, f"{windows.source} ({windows.digest[:16]})"
+        return lambda: windows, {
+            "source": windows.source,
+            "tokens": windows.num_tokens,
+            "context": context,
+            "text": windows.digest,
+        }
     context = context_for(store, arguments.context, _GENERATED_CONTEXT)
     tokens = arguments.tokens or GENERATED_TOKENS
-    text = f"{tokens} tokens {GENERATED}, context {context}, seed {arguments.seed}"
+    text = {"source": GENERATED, "tokens": tokens, "context": context, "text": f"seed {arguments.seed}"}
     return lambda: _generated(store, context, max(2, -(-tokens // (context - 1))), arguments.seed), text
 
 
@@ -179,7 +188,10 @@ class _Report:
 
     def doing(self, words: str) -> None:
         assert self._bar is not None
-        self._bar.set_postfix_str(words, refresh=sys.stderr.isatty())
+        if sys.stderr.isatty():
+            self._bar.set_postfix_str(words)
+        else:
+            self._say(words)
 
     def finished(self, layer: int, name: str, fit: dict[str, Any]) -> None:
         self._rows.append(_row(layer, name, fit))
@@ -189,7 +201,7 @@ class _Report:
         if self._bar is not None:
             self._bar.close()
         if self._rows and not self._quiet:
-            print("On text held out of training:\n")
+            print("On the held-out text, for which thresholds were set:\n")
             print(table(_COLUMNS, self._rows), "\n")
 
     def _say(self, words: str) -> None:

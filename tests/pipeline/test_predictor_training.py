@@ -14,13 +14,14 @@ from opt_checkpoints import write_opt_checkpoint
 from safetensors.numpy import save_file
 from tiny_models import BUFFERED, convert_quietly, fresh_seed
 
-from inflash.errors import InflashError
+from inflash.errors import InflashError, RunError
 from inflash.pipeline import predictor_training
 from inflash.pipeline.evaluation import evaluate
 from inflash.pipeline.predictor_fit import Fit, FitOptions, rank_ladder
 from inflash.pipeline.predictor_training import TrainingOptions, train_predictor
 from inflash.pipeline.text_windows import TextWindows, windows_of
-from inflash.storage.predictor_store import load_predictor_layer, partial_folder
+from inflash.storage.predictor_store import add_predictor, load_predictor_layer, partial_folder
+from inflash.storage.scratch import WindowArray
 from inflash.storage.store import Store, open_store
 from inflash.storage.verify import find_faults
 
@@ -92,7 +93,9 @@ def copy(store: Store, folder: Path) -> Store:
 def train(store: Store, windows: TextWindows, report: Silent | None = None, **options: Any) -> Store:
     fit = FitOptions(**{"rank": PLANTED_RANK, "recall": 0.95, "batch_tokens": 128, **options.pop("fit", {})})
     options = {"name": "trained", "fit": fit, **options}
-    return train_predictor(store, lambda: windows, windows.digest, TrainingOptions(**options), report or Silent())
+    return train_predictor(
+        store, lambda: windows, {"source": windows.source, "text": windows.digest}, TrainingOptions(**options), report or Silent()
+    )
 
 
 def contents(store: Store, *names: str) -> dict[str, bytes]:
@@ -142,7 +145,7 @@ def test_training_beats_the_copy_that_it_begins_with(planted: Store, windows: Te
     store = copy(planted, tmp_path)
     for method in ("trained", "weighted-svd", "sign-bits"):
         report = Silent()
-        store = train(store, windows, report, name=method, fit={"method": method, "rank": 12})
+        store = train(store, windows, report, name=method, fit={"method": method, "rank": None if method == "sign-bits" else 12})
         predicted[method] = sum(fit["predicted"] for _, _, fit in report.fits)
     assert predicted["trained"] < predicted["weighted-svd"] < predicted["sign-bits"]
     assert store.predictors["sign-bits"].ranks == ()
@@ -183,10 +186,10 @@ def test_a_killed_training_ends_as_an_uninterrupted_one(
             raise Killed
         return result
 
-    def die_at_second(store: Store, name: str, *arguments: Any) -> Store:
+    def die_at_second(store: Store, name: str, *arguments: Any, **options: Any) -> Store:
         if name != "trained":
             raise Killed
-        return install(store, name, *arguments)
+        return install(store, name, *arguments, **options)
 
     monkeypatch.setattr(predictor_training._Training, method, interrupted)
     with pytest.raises(Killed):
@@ -200,7 +203,7 @@ def test_a_killed_training_ends_as_an_uninterrupted_one(
 
     fit = FitOptions(rank=PLANTED_RANK, recall=0.95, batch_tokens=128)
     options = TrainingOptions(name="trained", fit=fit, look_ahead=True)
-    resumed = train_predictor(open_store(cut.path), never, fewer.digest, options, report)
+    resumed = train_predictor(open_store(cut.path), never, {"source": fewer.source, "text": fewer.digest}, options, report)
     assert [(layer, name) for layer, name, _ in report.fits] == [
         (n, f"trained{end}") for n in range(LAYERS) for end in ("", "-ahead")
     ]
@@ -243,6 +246,62 @@ def test_bad_settings_are_refused(planted: Store, windows: TextWindows, options:
     assert left <= {planted.path / "predictors"}
 
 
+def test_a_kill_while_dropping_old_work_leaves_nothing_to_go_on_with(
+    planted: Store, fewer: TextWindows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Arrays that are half gone read as zeros: a run that went on with them would train on nothing."""
+    store = copy(planted, tmp_path)
+    monkeypatch.setattr(predictor_training._Training, "_install", lambda *_: (_ for _ in ()).throw(Killed()))
+    with pytest.raises(Killed):
+        train(store, fewer)
+    monkeypatch.undo()
+    removed = []
+
+    def die_at_second(path: Path, **_: Any) -> None:
+        removed.append(path)
+        if len(removed) == 2:
+            raise Killed
+
+    monkeypatch.setattr(predictor_training.shutil, "rmtree", die_at_second)
+    monkeypatch.setattr(predictor_training.np, "save", lambda *_, **__: (_ for _ in ()).throw(Killed()))
+    with pytest.raises(Killed):
+        train(store, fewer, restart=True)
+    monkeypatch.undo()
+    report = Silent()
+    train(store, fewer, report)
+    assert report.layers_done == 0 and report.tokens == LAYERS * fewer.num_tokens
+
+
+def test_an_array_of_an_earlier_step_that_is_gone_is_not_made_up(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"expected an array of an earlier step, found none; give --restart"):
+        WindowArray(tmp_path / "hidden_1", (1, 2, 3), "float32")
+
+
+def test_a_name_that_was_taken_meanwhile_is_not_replaced(
+    planted: Store, fewer: TextWindows, uninterrupted: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = copy(planted, tmp_path)
+    monkeypatch.setattr(predictor_training._Training, "_install", lambda *_: (_ for _ in ()).throw(Killed()))
+    with pytest.raises(Killed):
+        train(store, fewer, look_ahead=True)
+    monkeypatch.undo()
+    info = uninterrupted.predictors["trained"]
+    layers = [load_predictor_layer(uninterrupted, "trained", layer) for layer in range(LAYERS)]
+    other = add_predictor(store, "trained-ahead", info, iter(layers))
+    with pytest.raises(InflashError, match="there is a predictor 'trained-ahead' already"):
+        train(other, fewer, look_ahead=True)
+    assert open_store(store.path).predictors == {"trained-ahead": info}
+    assert train(other, fewer, look_ahead=True, replace=True).predictors["trained-ahead"].ahead == 1
+
+
+def test_a_budget_that_is_too_small_is_told(planted: Store, fewer: TextWindows, tmp_path: Path) -> None:
+    with pytest.raises(InflashError, match="most share: expected room for rank 1 at least"):
+        train(copy(planted, tmp_path / "none"), fewer, fit={"rank": None}, most_share=0.001)
+    with pytest.warns(RuntimeWarning, match=r"trained: .* rank \d+ was the largest within most_share 0.02") as told:
+        train(copy(planted, tmp_path / "little"), fewer, fit={"rank": None, "recall": 0.999}, most_share=0.02)
+    assert len(told) == LAYERS
+
+
 def test_a_full_disk_is_noticed_before_it_is_full(
     planted: Store, windows: TextWindows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -251,6 +310,7 @@ def test_a_full_disk_is_noticed_before_it_is_full(
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     with pytest.raises(InflashError, match=r"the pairs of a layer need up to .* found 0.00 GiB free"):
         train(store, windows)
+    assert not partial_folder(store, "trained").exists()
 
 
 def test_a_layer_that_is_never_active(planted: Store, windows: TextWindows, tmp_path: Path) -> None:

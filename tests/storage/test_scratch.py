@@ -29,7 +29,7 @@ def top_half(values: np.ndarray) -> np.ndarray:
 def test_floats_come_back_bitwise(tmp_path: Path, dtype: str) -> None:
     values = top_half(normal(*SHAPE))
     values[3, 1, :3] = np.inf, -0.0, -np.inf
-    array = WindowArray(tmp_path / "array", SHAPE, dtype)
+    array = WindowArray(tmp_path / "array", SHAPE, dtype, create=True)
     array.write(0, values)
     found = array.read(0, 7)
     assert array.shape == SHAPE
@@ -40,11 +40,11 @@ def test_floats_come_back_bitwise(tmp_path: Path, dtype: str) -> None:
 def test_bfloat16_rounds_to_the_nearest_and_takes_half_the_space(tmp_path: Path) -> None:
     values, sizes = normal(*SHAPE), {}
     for dtype in FLOATS:
-        array = WindowArray(tmp_path / dtype, SHAPE, dtype)
+        array = WindowArray(tmp_path / dtype, SHAPE, dtype, create=True)
         array.write(0, values)
         sizes[dtype] = sum(file.stat().st_size for file in (tmp_path / dtype / "c").rglob("*") if file.is_file())
     assert sizes == {"float32": values.nbytes, "bfloat16": values.nbytes // 2}
-    found = WindowArray(tmp_path / "bfloat16", SHAPE, "bfloat16").read(0, 7)
+    found = WindowArray(tmp_path / "bfloat16", SHAPE, "bfloat16", create=True).read(0, 7)
     below = top_half(values)
     above = (below.view(np.uint32) + np.uint32(1 << 16)).view(np.float32)  # the next one away from zero
     nearest = np.minimum(np.abs(values.astype(np.float64) - below), np.abs(values.astype(np.float64) - above))
@@ -57,11 +57,11 @@ def test_windows_are_written_in_any_order_and_again(tmp_path: Path, dtype: str) 
     """Also with an array opened anew for each write, and with float64 and bfloat16 values given."""
     values = top_half(normal(*SHAPE))
     for first, last in ((5, 7), (0, 2), (2, 5)):
-        WindowArray(tmp_path / "array", SHAPE, dtype).write(first, values[first:last].astype(np.float64))
-    array = WindowArray(tmp_path / "array", SHAPE, dtype)
+        WindowArray(tmp_path / "array", SHAPE, dtype, create=True).write(first, values[first:last].astype(np.float64))
+    array = WindowArray(tmp_path / "array", SHAPE, dtype, create=True)
     values[1:3] *= -1
     array.write(1, values[1:3].astype(ml_dtypes.bfloat16))
-    again = WindowArray(tmp_path / "array", SHAPE, dtype)
+    again = WindowArray(tmp_path / "array", SHAPE, dtype, create=True)
     np.testing.assert_array_equal(again.read(0, 7), values)
     np.testing.assert_array_equal(again.read(2, 6), values[2:6])
     np.testing.assert_array_equal(again.read(6, 7), values[6:])
@@ -69,11 +69,11 @@ def test_windows_are_written_in_any_order_and_again(tmp_path: Path, dtype: str) 
 
 def test_what_was_not_written_does_not_change_what_was(tmp_path: Path) -> None:
     values = normal(2, 5, 12)
-    array = WindowArray(tmp_path / "array", SHAPE, "float32")
+    array = WindowArray(tmp_path / "array", SHAPE, "float32", create=True)
     array.write(3, values)
     np.testing.assert_array_equal(array.read(3, 5), values)
     np.testing.assert_array_equal(array.read(5, 7), 0)
-    bits = BitArray(tmp_path / "bits", (4, 3, 7))
+    bits = BitArray(tmp_path / "bits", (4, 3, 7), create=True)
     bits.write(2, values[:1, :3, :7] > 0)
     np.testing.assert_array_equal(bits.read(2, 3), values[:1, :3, :7] > 0)
 
@@ -83,9 +83,9 @@ def test_what_was_not_written_does_not_change_what_was(tmp_path: Path) -> None:
 def test_bits_come_back(tmp_path: Path, shape: tuple[int, int, int], share: float) -> None:
     """Whether or not C * F is a multiple of eight; all and none among them."""
     values = np.random.default_rng(fresh_seed()).random(shape) < share
-    array = BitArray(tmp_path / "bits", shape)
+    array = BitArray(tmp_path / "bits", shape, create=True)
     array.write(0, values)
-    found = BitArray(tmp_path / "bits", shape).read(0, shape[0])
+    found = BitArray(tmp_path / "bits", shape, create=True).read(0, shape[0])
     assert array.shape == shape
     assert found.dtype == bool
     np.testing.assert_array_equal(found, values)
@@ -94,7 +94,7 @@ def test_bits_come_back(tmp_path: Path, shape: tuple[int, int, int], share: floa
 def test_bits_are_read_that_were_written_as_columns(tmp_path: Path) -> None:
     """Not contiguous in memory, as a transposed or cut array is."""
     values = np.random.default_rng(fresh_seed()).random((9, 5, 4)) < 0.5
-    array = BitArray(tmp_path / "bits", (4, 5, 9))
+    array = BitArray(tmp_path / "bits", (4, 5, 9), create=True)
     array.write(0, values.T)
     np.testing.assert_array_equal(array.read(0, 4), values.T)
 
@@ -103,7 +103,7 @@ def test_bits_take_an_eighth_of_the_space(tmp_path: Path) -> None:
     """Random ones; others are compressed further."""
     shape = (2, 64, 1000)
     for name, share in (("random", 0.5), ("few", 0.01)):
-        BitArray(tmp_path / name, shape).write(0, np.random.default_rng(fresh_seed()).random(shape) < share)
+        BitArray(tmp_path / name, shape, create=True).write(0, np.random.default_rng(fresh_seed()).random(shape) < share)
     sizes = {
         name: sum(file.stat().st_size for file in (tmp_path / name / "c").rglob("*") if file.is_file())
         for name in ("random", "few")
@@ -120,8 +120,8 @@ def test_any_writes_leave_the_newest_of_each_window(data: st.DataObject) -> None
     rng = np.random.default_rng(data.draw(st.integers(0, 1 << 31)))
     expected = top_half(rng.standard_normal(shape).astype(np.float32))
     with tempfile.TemporaryDirectory() as folder:
-        arrays = {dtype: WindowArray(Path(folder, dtype), shape, dtype) for dtype in FLOATS}
-        bits = BitArray(Path(folder, "bits"), shape)
+        arrays = {dtype: WindowArray(Path(folder, dtype), shape, dtype, create=True) for dtype in FLOATS}
+        bits = BitArray(Path(folder, "bits"), shape, create=True)
         for array in (*arrays.values(), bits):
             array.write(0, expected > 0 if isinstance(array, BitArray) else expected)
         for _ in range(data.draw(st.integers(0, 3))):

@@ -74,7 +74,20 @@ def test_without_text_the_model_writes_its_own(
     store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str], method: str
 ) -> None:
     model = own_copy(store, tmp_path)
-    command = ["train-predictor", str(model), "--method", method, "--tokens", "300", *QUICK]
+    rank = [] if method == "sign-bits" else ["--rank", "8"]
+    command = [
+        "train-predictor",
+        str(model),
+        "--method",
+        method,
+        "--tokens",
+        "300",
+        "--context",
+        CONTEXT,
+        "--recall",
+        "0.9",
+        *rank,
+    ]
     assert cli.main(command) == 0
     assert f"added to {model}: {method}" in capsys.readouterr().out
     assert open_store(model).predictors[method].tokens == 310
@@ -152,7 +165,23 @@ def test_kill_9_in_the_middle_changes_nothing(store: Store, text: Path, tmp_path
 
 def test_eval_wants_to_know_what_on(store: Store, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["eval", str(store.path)]) == 2
-    assert "expected --text FILE or --tasks NAME, found neither" in capsys.readouterr().err
+    assert "expected either --text FILE or --tasks NAME, found neither" in capsys.readouterr().err
     assert cli.main(["eval", str(store.path), "--text", str(text), "--tasks", "x"]) == 2
     assert cli.main(["eval", str(store.path), "--text", str(text), "--context", CONTEXT, "--predictor", "nobody"]) == 2
     assert "expected one of its predictors (svd), found 'nobody'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--plot", "/nowhere/at/all.png"], "--plot: /nowhere/at: this folder does not exist"),
+        (["--plot", "figure.tiles"], "expected a name that ends in one of"),
+        (["--decode", "9999"], "--decode: expected 1 to 63 tokens, found 9999"),
+        (["--limit", "3"], "--limit does not go with --text"),
+    ],
+)
+def test_eval_refuses_before_it_works(
+    store: Store, text: Path, capsys: pytest.CaptureFixture[str], flags: list[str], message: str
+) -> None:
+    assert cli.main(["eval", str(store.path), "--text", str(text), *flags]) == 2
+    assert message in capsys.readouterr().err
