@@ -8,7 +8,7 @@ layer's attention, a few blocks of neurons, and one window's keys and values; hi
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import numpy as np
@@ -18,7 +18,7 @@ from ..kernels.decoder_layer import attention_chunk
 from ..storage.store import Store
 from .engine import Engine
 from .feed_forward import StreamedFeedForward, Tile
-from .fixed_shapes import capacity_for, split_prompt
+from .fixed_shapes import Chunk, capacity_for, split_prompt
 from .options import EngineOptions
 from .predictors import LayerPredictor
 from .weights import on_device, zeros
@@ -109,23 +109,11 @@ class LayerwisePass:
         tiles = []
         for number, window in enumerate(hidden):
             for chunk in split_prompt(0, np.zeros(len(window), np.int32)):
-                rows = slice(chunk.start, chunk.start + chunk.count)
-                size = len(chunk.token_ids)
-                residual, ffn_in, self._keys, self._values = _attention_chunk(
-                    _padded(window[rows], size),
-                    weights,
-                    self._keys,
-                    self._values,
-                    np.int32(0),
-                    np.int32(chunk.start),
-                    np.int32(chunk.count),
-                    self.engine.shape,
-                )
-                predicted = None
+                tile = self._attend(weights, window, chunk)
                 if predictor is not None:
-                    predicted = predictor.predict(ffn_in if before is None else _padded(before[number][rows], size))
-                active = np.arange(size) < chunk.count
-                tiles.append(Tile(residual=residual, ffn_in=ffn_in, active=active, predicted=predicted))
+                    read = tile.ffn_in if before is None else _rows_of(chunk, before[number])
+                    tile = replace(tile, predicted=predictor.predict(read))
+                tiles.append(tile)
         self._newest = tiles[-1].residual
         outputs, active = self._ffn.observe_neurons(layer, tiles)
         outputs = [self.engine.after_ffn(layer, x) for x in outputs]
@@ -137,11 +125,24 @@ class LayerwisePass:
 
         return LayerOutput(hidden=joined(outputs), ffn_in=joined([tile.ffn_in for tile in tiles]), active=joined(active))
 
+    def _attend(self, weights: dict[str, jax.Array], window: np.ndarray, chunk: Chunk) -> Tile:
+        """A chunk of one window [C, D] through attention; chunks of a window follow each other."""
+        residual, ffn_in, self._keys, self._values = _attention_chunk(
+            _rows_of(chunk, window),
+            weights,
+            self._keys,
+            self._values,
+            np.int32(0),
+            np.int32(chunk.start),
+            np.int32(chunk.count),
+            self.engine.shape,
+        )
+        return Tile(residual=residual, ffn_in=ffn_in, active=np.arange(len(chunk.token_ids)) < chunk.count)
+
     def logits(self, windows: list[np.ndarray]) -> list[np.ndarray]:
         """From the last layer's outputs [C, D], each, to logits [C, V] f32; the head is streamed once for all of them."""
         chunks = [(number, chunk) for number, x in enumerate(windows) for chunk in split_prompt(0, np.zeros(len(x), np.int32))]
-        tiles = [_padded(windows[n][chunk.start : chunk.start + chunk.count], len(chunk.token_ids)) for n, chunk in chunks]
-        rows = self.engine.matrices.logits(tiles)
+        rows = self.engine.matrices.logits([_rows_of(chunk, windows[number]) for number, chunk in chunks])
         parts: list[list[np.ndarray]] = [[] for _ in windows]
         for (number, chunk), values in zip(chunks, rows, strict=True):
             parts[number].append(np.asarray(values)[: chunk.count])
@@ -165,6 +166,7 @@ class LayerwisePass:
         self.close()
 
 
-def _padded(rows: np.ndarray, size: int) -> jax.Array:
-    """[size, D] on the device: the rows, then zeros."""
-    return on_device(rows if len(rows) == size else np.pad(rows, ((0, size - len(rows)), (0, 0))))
+def _rows_of(chunk: Chunk, window: np.ndarray) -> jax.Array:
+    """[T, D] on the device: the chunk's rows of a window [C, D], then zeros."""
+    rows = window[chunk.start : chunk.start + chunk.count]
+    return on_device(np.pad(rows, ((0, len(chunk.token_ids) - len(rows)), (0, 0))))
