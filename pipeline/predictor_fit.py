@@ -88,8 +88,8 @@ class Fit:
     predicted: float
 
     def does(self, options: FitOptions) -> bool:
-        """Whether few enough neurons are named. Where more than a third is active, no more than half of the others may be."""
-        return self.predicted <= min(options.most_predicted * self.active, (1 + self.active) / 2)
+        """Whether few enough neurons are named. Where many are active, no more than a quarter of the others may be."""
+        return self.predicted <= min(options.most_predicted * self.active, self.active + (1 - self.active) / 4)
 
 
 Report = Callable[[str], object]

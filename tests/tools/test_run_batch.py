@@ -21,6 +21,12 @@ from inflash.tools import cli
 pytestmark = [pytest.mark.filterwarnings(BUFFERED), pytest.mark.integration]
 
 WAIT_S = 60
+HEARING = """
+import signal, sys
+from inflash.tools.cli import main
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs, and so the children of tests, ignore
+sys.exit(main(sys.argv[1:]))
+"""
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +95,7 @@ def test_what_is_finished_survives_and_the_rest_follows(store: Store, tmp_path: 
     prompts = [[number % 100] for number in range(3000)]
     write_requests(tmp_path / "in.jsonl", prompts, max_tokens=2)
     out = tmp_path / "out.jsonl"
-    started = [sys.executable, "-m", "inflash.tools.cli", *command(tmp_path, store)]
+    started = [sys.executable, "-c", HEARING, *command(tmp_path, store)]
     process = subprocess.Popen(started, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + WAIT_S
     while not (out.exists() and out.stat().st_size) and process.poll() is None and time.monotonic() < deadline:
