@@ -27,6 +27,8 @@ pytestmark = pytest.mark.filterwarnings(BUFFERED)
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 DRAWN = SamplingParams(temperature=1, max_tokens=12, ignore_eos=True, seed=1234)
+HOT = 20.0
+"""A temperature at which no random model prefers any token: different draws of eight tokens are different."""
 
 
 @pytest.fixture(scope="module")
@@ -105,29 +107,30 @@ def test_seeds_repeat_and_batch_mates_do_not_matter(llm: LLM) -> None:
     assert together[3] == alone
     filtered = [SamplingParams(temperature=1, top_k=5, top_p=0.9, max_tokens=4, repetition_penalty=1.2)] * 6
     assert token_ids(llm.generate([*others, mine], [*filtered, DRAWN]))[6] == alone
-    other_seed = SamplingParams(temperature=1, max_tokens=12, ignore_eos=True, seed=4321)
-    assert token_ids(llm.generate([mine], other_seed)) != [alone]
+    hot = [SamplingParams(temperature=HOT, max_tokens=12, ignore_eos=True, seed=seed) for seed in (1234, 4321, 1234)]
+    first, other, again = token_ids(llm.generate([mine] * 3, hot))
+    assert first == again != other
 
 
 def test_prompts_without_seeds_differ_and_repeat_with_the_engines(llm: LLM) -> None:
-    params = SamplingParams(temperature=1.5, max_tokens=12, ignore_eos=True)
+    params = SamplingParams(temperature=HOT, max_tokens=12, ignore_eos=True)
     first = token_ids(llm.generate(["same", "same", "same"], params))
     assert len({tuple(ids) for ids in first}) == 3
     assert token_ids(llm.generate(["same", "same", "same"], params)) == first
 
 
 def test_several_continuations(llm: LLM) -> None:
-    params = SamplingParams(n=6, temperature=1.5, max_tokens=8, ignore_eos=True, seed=99)
+    params = SamplingParams(n=6, temperature=HOT, max_tokens=8, ignore_eos=True, seed=99)
     several, once = llm.generate(["sea", "sky"], [params, GREEDY])
     assert [output.index for output in several.outputs] == list(range(6))
     assert len({tuple(output.token_ids) for output in several.outputs}) == 6
     assert len(once.outputs) == 1
-    single = SamplingParams(n=1, temperature=1.5, max_tokens=8, ignore_eos=True, seed=99)
+    single = SamplingParams(n=1, temperature=HOT, max_tokens=8, ignore_eos=True, seed=99)
     assert token_ids(llm.generate("sea", single)) == [several.outputs[0].token_ids]
 
 
 def test_stop_strings_cut_the_text(llm: LLM) -> None:
-    params = {"temperature": 1, "max_tokens": 33, "ignore_eos": True, "seed": 7}
+    params = {"temperature": HOT, "max_tokens": 33, "ignore_eos": True, "seed": 7}
     (free,) = llm.generate("sea", SamplingParams(**params))
     text = free.outputs[0].text
     stop = next(text[at : at + 2] for at in range(1, len(text) - 2) if "\ufffd" not in text[at : at + 2])
