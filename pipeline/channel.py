@@ -27,7 +27,8 @@ REQUEST = np.dtype(
         ("parts", "<u8", (MOST_PARTS,)),  # offset in the slab of each part's rows; BYTES: of the destination, in the first
     ]
 )
-COUNTERS = ("reads", "bytes", "busy_ns", "requests")
+COUNTERS = ("reads", "bytes", "gap_bytes", "busy_ns", "requests")
+"""`bytes` are those asked for; `gap_bytes` lay between them and were read along. `busy_ns`: time with reads under way."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,7 +64,7 @@ class Channel:
       positions, slots: [list_length] int32, the lists that SCATTER requests point into.
       submitted: [1] uint64, the number of the newest request.
       done: [RING_LENGTH] uint64; holds n at n % RING_LENGTH once request n is finished.
-      counters: [4] uint64, see `COUNTERS`; totals since the loader began.
+      counters: [5] uint64, see `COUNTERS`; totals since the loader began.
     """
 
     def __init__(self, slab: Slab, region: ChannelRegion) -> None:

@@ -110,12 +110,14 @@ class Engine:
         self._slab = Slab(plan.num_bytes)
         try:
             with DirectReader(self.store.path, 0) as reader:
-                probe.probe(self._slab, reader)  # warns here, once, rather than in every loader
+                direct = probe.probe(self._slab, reader)  # warns here, once, rather than in every loader
             self._pool = LoaderPool(
                 self.store,
                 self._slab,
                 regions,
-                threads=options.loader_threads,
+                depth=options.queue_depth,
+                direct=direct,
+                merge_gap=options.merge_gap,
                 files=naive.files if naive else (),
                 verify=options.verify,
             )

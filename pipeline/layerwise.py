@@ -54,7 +54,7 @@ class LayerwisePass:
     """
 
     def __init__(
-        self, store: Store, context: int, *, compute_dtype: str = "auto", loaders: int = 2, loader_threads: int = 4
+        self, store: Store, context: int, *, compute_dtype: str = "auto", loaders: int = 2, queue_depth: int = 32
     ) -> None:
         """Starts the loaders.
 
@@ -62,7 +62,7 @@ class LayerwisePass:
           InflashError: even one layer does not fit into memory.
         """
         self.store = store
-        options = EngineOptions(ffn="naive", compute_dtype=compute_dtype, loaders=loaders, loader_threads=loader_threads)
+        options = EngineOptions(ffn="naive", compute_dtype=compute_dtype, loaders=loaders, queue_depth=queue_depth)
         self.engine = Engine(store, options)
         assert isinstance(self.engine.prompt_ffn, StreamedFeedForward)
         self._ffn = self.engine.prompt_ffn

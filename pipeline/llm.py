@@ -29,7 +29,7 @@ class LLM:
 
     Args:
       model: the store that `inflash convert` wrote.
-      ffn, predictor, cache_neurons, window, policy, max_num_seqs, max_model_len, compute_dtype, loaders, loader_threads, seed, verify:
+      ffn, predictor, cache_neurons, window, policy, max_num_seqs, max_model_len, compute_dtype, loaders, queue_depth, seed, verify:
         see `EngineOptions`, which has the same names and defaults (a test compares them).
 
     Raises:
@@ -53,7 +53,7 @@ class LLM:
         max_model_len: int | None = None,
         compute_dtype: str = "auto",
         loaders: int = 2,
-        loader_threads: int = 4,
+        queue_depth: int = 32,
         seed: int = 0,
         verify: bool = False,
     ) -> None:
@@ -67,7 +67,7 @@ class LLM:
             max_model_len=max_model_len,
             compute_dtype=compute_dtype,
             loaders=loaders,
-            loader_threads=loader_threads,
+            queue_depth=queue_depth,
             seed=seed,
             verify=verify,
         )

@@ -6,29 +6,31 @@ and when that end closes, however the engine ended, the loader leaves.
 """
 
 import json
+import mmap
 import os
 import pickle
-import queue
 import select
 import signal
 import sys
-import threading
 import time
 import traceback
 import warnings
+from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 
-from ..storage.readers import DirectFile, DirectReader, ReadCount
+from ..storage.read_plan import ReadPlan, plan_bytes
+from ..storage.read_queue import open_read_queue
+from ..storage.readers import DirectFile, DirectReader
 from .channel import BYTES, COUNTERS, RANGE, RING_LENGTH, SCATTER, Channel, ChannelRegion
 from .slab import ALIGNMENT, Slab
 
-_SMALLEST_TASK_BYTES = 64 << 10  # below this a second thread costs more than it brings
-_LARGEST_BYTES_TASK = 1 << 20
+_LARGEST_BATCH = 16  # reads that are worth waiting for
+_LOOK_UP_S = 0.001  # how long a new request may go unnoticed while reads are under way
+_TAG_BITS = 32  # of a read's number in its plan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +42,9 @@ class LoaderConfig:
     d_model: int
     num_parts: int
     item_bytes: int
-    threads: int
+    depth: int
+    direct: bool
+    merge_gap: int
     verify: bool
     slab_bytes: int
     slab_descriptor: int
@@ -62,17 +66,32 @@ class LoaderConfig:
 
 
 class _Request:
-    """One request on its way: the number of its tasks that are not finished."""
+    """One request on its way.
 
-    __slots__ = ("number", "remaining")
+    Attributes:
+      number: in its channel.
+      plan: its reads.
+      file: that they read from.
+      descriptor: of the file.
+      check: called when all reads are back.
+      num_bytes: of weights that were asked for.
+      submitted: reads that have begun.
+      remaining: reads that are not back.
+      failed: something went wrong and was reported; what is under way is only waited for.
+    """
 
-    def __init__(self, number: int, remaining: int) -> None:
-        self.number = number
-        self.remaining = remaining
+    __slots__ = ("check", "descriptor", "failed", "file", "num_bytes", "number", "plan", "remaining", "submitted")
+
+    def __init__(
+        self, number: int, plan: ReadPlan, file: DirectFile, descriptor: int, num_bytes: int, check: Callable[[], None]
+    ) -> None:
+        self.number, self.plan, self.file, self.descriptor = number, plan, file, descriptor
+        self.num_bytes, self.check = num_bytes, check
+        self.submitted, self.remaining, self.failed = 0, len(plan), False
 
 
 class Loader:
-    """Serves one channel with a few threads; `os.preadv` runs outside Python's global lock."""
+    """Serves one channel from one thread, with up to `depth` reads under way."""
 
     def __init__(self, config: LoaderConfig) -> None:
         self._config = config
@@ -80,11 +99,12 @@ class Loader:
         self._channel = Channel(self._slab, config.region)
         self._readers: dict[int, DirectReader] = {}
         self._files: dict[int, DirectFile] = {}
-        self._tasks: queue.SimpleQueue = queue.SimpleQueue()
-        self._lock = threading.Lock()
+        self._queue = open_read_queue(config.depth, direct=config.direct)
+        self._scratch = mmap.mmap(-1, max(config.merge_gap, ALIGNMENT))
+        self._scratch_address = np.frombuffer(self._scratch, np.uint8).ctypes.data
         self._served = 0
-        for _ in range(config.threads - 1):
-            threading.Thread(target=self._work, daemon=True).start()
+        self._waiting: deque[_Request] = deque()  # with reads that have not begun
+        self._requests: dict[int, _Request] = {}  # with reads that are not back, by the upper bits of their reads' tags
 
     def serve(self) -> None:
         """Runs until the engine is gone."""
@@ -97,55 +117,82 @@ class Loader:
                 if descriptor == self._config.lifeline_descriptor:
                     return
                 os.eventfd_read(self._config.wake_descriptor)
-            newest = int(self._channel.submitted[0])
-            while self._served < newest:
-                self._served += 1
-                self._accept(self._served)
-
-    def _accept(self, number: int) -> None:
-        """Cuts a request into tasks; this thread does the last one itself."""
-        try:
-            tasks = self._split(self._channel.requests[number % RING_LENGTH])
-        except Exception as error:
-            self._report(error)
-            return
-        request = _Request(number, len(tasks))
-        for task in tasks[:-1]:
-            self._tasks.put((request, task))
-        self._run(request, tasks[-1])
-        while self._config.threads == 1 or not self._tasks.empty():
-            try:
-                self._run(*self._tasks.get_nowait())
-            except queue.Empty:
-                return
+            self._accept_new()
+            if self._requests:
+                self._work()
 
     def _work(self) -> None:
-        while True:
-            self._run(*self._tasks.get())
-
-    def _run(self, request: _Request, task: Callable[[], ReadCount]) -> None:
+        """Reads until nothing is left to read, taking new requests meanwhile."""
         began = time.perf_counter_ns()
-        try:
-            count = task()
-        except Exception as error:
-            self._report(error)
-            return
-        busy_ns = time.perf_counter_ns() - began
-        with self._lock:
-            counters = self._channel.counters
-            counters += np.array([count.reads, count.num_bytes, busy_ns, 0], np.uint64)
-            request.remaining -= 1
-            finished = request.remaining == 0
-            if finished:
-                counters[COUNTERS.index("requests")] += np.uint64(1)
-                self._channel.done[request.number % RING_LENGTH] = request.number
-        if finished:
-            os.eventfd_write(self._config.done_descriptor, 1)
+        while self._requests:
+            self._submit()
+            # Few large batches cost less than many small ones, but the disk's queue must not run empty.
+            tags, results = self._queue.reap(max(1, min(self._queue.under_way // 2, _LARGEST_BATCH)), _LOOK_UP_S)
+            self._take_back(tags, results)
+            now = time.perf_counter_ns()
+            self._count(busy_ns=now - began)
+            began = now
+            self._accept_new()
 
-    def _split(self, record: np.void) -> list[Callable[[], ReadCount]]:
+    def _accept_new(self) -> None:
+        newest = int(self._channel.submitted[0])
+        while self._served < newest:
+            self._served += 1
+            try:
+                request = self._plan(self._served, self._channel.requests[self._served % RING_LENGTH])
+            except Exception as error:
+                self._report(error)
+                continue
+            self._requests[self._served] = request
+            self._waiting.append(request)
+
+    def _submit(self) -> None:
+        """Begins as many reads as the queue has room for, oldest requests first."""
+        while self._waiting:
+            request = self._waiting[0]
+            tag = request.number << _TAG_BITS
+            taken = self._queue.submit(request.descriptor, request.plan, request.submitted, len(request.plan), tag)
+            request.submitted += taken
+            if request.submitted < len(request.plan):
+                return
+            self._waiting.popleft()
+
+    def _take_back(self, tags: np.ndarray, results: np.ndarray) -> None:
+        numbers, reads = tags >> _TAG_BITS, tags & ((1 << _TAG_BITS) - 1)
+        for number in dict.fromkeys(numbers.tolist()):
+            request = self._requests[number]
+            mine = numbers == number
+            request.remaining -= int(mine.sum())
+            short = results[mine] != request.plan.lengths[reads[mine]]
+            try:
+                for read, result in zip(reads[mine][short].tolist(), results[mine][short].tolist(), strict=True):
+                    request.file.finish(request.plan, read, result)
+                if request.remaining == 0 and not request.failed:
+                    request.check()
+            except Exception as error:
+                if not request.failed:
+                    self._report(error)
+                request.failed = True
+            if request.remaining == 0:
+                self._finish(request)
+
+    def _finish(self, request: _Request) -> None:
+        del self._requests[request.number]
+        if request.failed:
+            return
+        plan = request.plan
+        self._count(reads=len(plan), bytes=request.num_bytes, gap_bytes=plan.num_bytes - request.num_bytes, requests=1)
+        self._channel.done[request.number % RING_LENGTH] = request.number
+        os.eventfd_write(self._config.done_descriptor, 1)
+
+    def _count(self, **amounts: int) -> None:
+        for name, amount in amounts.items():
+            self._channel.counters[COUNTERS.index(name)] += np.uint64(amount)
+
+    def _plan(self, number: int, record: np.void) -> _Request:
         kind, source, start, count = (int(record[name]) for name in ("kind", "source", "start", "count"))
         if kind == BYTES:
-            return self._split_bytes(source, start, count, int(record["parts"][0]))
+            return self._plan_bytes(number, source, start, count, int(record["parts"][0]))
         if kind == SCATTER:
             positions = self._channel.positions[start : start + count].copy()
             slots = self._channel.slots[start : start + count].copy()
@@ -154,29 +201,22 @@ class Loader:
             slots = np.arange(int(record["slot"]), int(record["slot"]) + count)
         else:
             raise ValueError(f"request of unknown kind {kind}")
-        config = self._config
-        top = int(slots.max()) + 1
+        config, reader = self._config, self._reader(source)
         dtype = np.dtype(f"u{config.item_bytes}")
-        parts = [self._slab.array(int(o), (top, config.d_model), dtype) for o in record["parts"][: config.num_parts]]
-        reader = self._reader(source)
-        bundle_bytes = config.num_parts * config.d_model * config.item_bytes
-        pieces = max(1, min(config.threads, count * bundle_bytes // _SMALLEST_TASK_BYTES))
-        bounds = np.linspace(0, count, pieces + 1).astype(int).tolist()
-        return [
-            lambda first=first, last=last: reader.read(positions[first:last], slots[first:last], parts)
-            for first, last in pairwise(bounds)
-        ]
+        shape = (int(slots.max()) + 1, config.d_model)
+        parts = [self._slab.array(int(o), shape, dtype) for o in record["parts"][: config.num_parts]]
+        addresses = [part.ctypes.data for part in parts]
+        plan = reader.plan(positions, slots, addresses, merge_gap=config.merge_gap, scratch=self._scratch_address)
+        num_bytes = count * config.num_parts * config.d_model * config.item_bytes
+        return _Request(
+            number, plan, reader.file, reader.descriptor(addresses), num_bytes, lambda: reader.check(positions, slots, parts)
+        )
 
-    def _split_bytes(self, source: int, start: int, count: int, target: int) -> list[Callable[[], ReadCount]]:
+    def _plan_bytes(self, number: int, source: int, start: int, count: int, target: int) -> _Request:
         file = self._file(source)
         direct = file.can_read_directly(ALIGNMENT, target, start) and count % ALIGNMENT == 0
-
-        def read(first: int, last: int) -> ReadCount:
-            view = memoryview(self._slab.array(target + first, (last - first,), np.uint8))
-            return ReadCount(file.read([view], start + first, last - first, direct), last - first)
-
-        step = max(_LARGEST_BYTES_TASK, -(-count // (64 * ALIGNMENT)) * ALIGNMENT)
-        return [lambda first=first: read(first, min(first + step, count)) for first in range(0, count, step)]
+        plan = plan_bytes(start, count, self._slab.array(target, (count,), np.uint8).ctypes.data)
+        return _Request(number, plan, file, file.descriptor(direct), count, lambda: None)
 
     def _reader(self, layer: int) -> DirectReader:
         if layer not in self._readers:
@@ -195,8 +235,7 @@ class Loader:
             message = pickle.dumps((error, text))
         except Exception:  # an exception that cannot travel is told in words
             message = pickle.dumps((RuntimeError(repr(error)), text))
-        with self._lock:
-            os.write(self._config.error_descriptor, len(message).to_bytes(8, "little") + message)
+        os.write(self._config.error_descriptor, len(message).to_bytes(8, "little") + message)
 
 
 def main() -> None:
@@ -204,7 +243,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     warnings.simplefilter("ignore")  # the engine says once for all loaders when reads are not direct
     Loader(LoaderConfig.from_json(sys.argv[1])).serve()
-    os._exit(0)  # threads may still be inside a read that nobody waits for
+    os._exit(0)  # reads may still be under way that nobody waits for
 
 
 if __name__ == "__main__":

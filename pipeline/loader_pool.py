@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 
@@ -58,10 +58,23 @@ class LoaderPool:
         slab: Slab,
         regions: Sequence[ChannelRegion],
         *,
-        threads: int,
+        depth: int,
+        direct: bool = True,
+        merge_gap: int = 0,
         files: Sequence[Path] = (),
         verify: bool = False,
     ) -> None:
+        """Starts a loader for each region.
+
+        Args:
+          store, slab: what is read, and where to.
+          regions: from `reserve`.
+          depth: reads that each loader keeps under way.
+          direct: whether neurons are read past the page cache here, see `NeuronRows.probe`.
+          merge_gap: neurons at most so many bytes apart are read together.
+          files: that `read_bytes` may name.
+          verify: compare every neuron with its checksum.
+        """
         self._bundle_bytes = store.bundles.bundle_bytes
         self._done = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._peers: list[_Peer] = []
@@ -70,9 +83,16 @@ class LoaderPool:
         self._turn = 0
         self.bytes_requested = 0
         self.wait_ns = 0
+        how = {
+            "files": tuple(str(file.absolute()) for file in files),
+            "depth": depth,
+            "direct": direct,
+            "merge_gap": merge_gap,
+            "verify": verify,
+        }
         try:
             for region in regions:
-                self._peers.append(self._start(store, slab, region, threads, files, verify))
+                self._peers.append(self._start(store, slab, region, how))
                 self._poll.register(self._peers[-1].errors, select.POLLIN)
         except BaseException:
             self.close()
@@ -88,7 +108,7 @@ class LoaderPool:
         return [peer.process.pid for peer in self._peers]
 
     def counters(self) -> dict[str, int]:
-        """Totals over all loaders: reads, bytes, busy_ns, requests."""
+        """Totals over all loaders, by the names in `COUNTERS`."""
         totals = sum((peer.channel.counters.astype(np.int64) for peer in self._peers), np.zeros(len(COUNTERS), np.int64))
         return dict(zip(COUNTERS, totals.tolist(), strict=True))
 
@@ -169,19 +189,16 @@ class LoaderPool:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _start(self, store: Store, slab: Slab, region: ChannelRegion, threads: int, files: Sequence[Path], verify: bool) -> _Peer:
+    def _start(self, store: Store, slab: Slab, region: ChannelRegion, how: dict[str, Any]) -> _Peer:
         assert slab.descriptor is not None
         wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         lifeline_read, lifeline_write = os.pipe()
         errors_read, errors_write = os.pipe()
         config = LoaderConfig(
             store=str(store.path.absolute()),
-            files=tuple(str(file.absolute()) for file in files),
             d_model=store.config.d_model,
             num_parts=store.bundles.num_parts,
             item_bytes=store.bundles.row_bytes // store.config.d_model,
-            threads=threads,
-            verify=verify,
             slab_bytes=slab.num_bytes,
             slab_descriptor=slab.descriptor,
             wake_descriptor=wake,
@@ -189,6 +206,7 @@ class LoaderPool:
             lifeline_descriptor=lifeline_read,
             error_descriptor=errors_write,
             region=region,
+            **how,
         )
         inherited = (slab.descriptor, wake, self._done, lifeline_read, errors_write)
         try:

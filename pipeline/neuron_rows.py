@@ -33,8 +33,9 @@ class NeuronRows:
         shape = (self.num_rows, self._bundles.d_model)
         self.up, self.down = (alias(slab.array(o, shape, dtype_of(self._bundles.dtype))) for o in self.offsets)
 
-    def probe(self, slab: Slab, reader: DirectReader) -> None:
-        """Reads one neuron, so that the reader can say whether reads into these rows go past the page cache."""
+    def probe(self, slab: Slab, reader: DirectReader) -> bool:
+        """Reads one neuron and says whether reads into these rows go past the page cache; the reader warns where they do not."""
         shape = (self.num_rows, self._bundles.d_model)
         parts = [slab.array(o, shape, storage_dtype(self._bundles.dtype)) for o in self.offsets]
         reader.read(np.zeros(1, np.int64), np.zeros(1, np.int64), parts)
+        return reader.is_direct([part.ctypes.data for part in parts])

@@ -26,7 +26,8 @@ class EngineOptions:
       max_model_len: longest sequence in tokens, prompt and output together; None: the model's own limit, 2048 at most.
       compute_dtype: dtype of the operands of products; sums are always float32. "auto": bfloat16 for 16-bit stores.
       loaders: loader processes.
-      loader_threads: reading threads in each loader.
+      queue_depth: reads that each loader keeps under way.
+      merge_gap: neurons at most so many bytes apart on flash are read together, with what lies between them.
       seed: base of the seeds of requests that bring none.
       verify: check every weight that is read against its checksum.
     """
@@ -40,7 +41,8 @@ class EngineOptions:
     max_model_len: int | None = None
     compute_dtype: str = "auto"
     loaders: int = 2
-    loader_threads: int = 4
+    queue_depth: int = 32
+    merge_gap: int = 16 << 10
     seed: int = 0
     verify: bool = False
 
@@ -48,7 +50,7 @@ class EngineOptions:
         _one_of("ffn", self.ffn, FFN_MODES)
         _one_of("policy", self.policy, POLICIES)
         _one_of("compute_dtype", self.compute_dtype, COMPUTE_DTYPES)
-        for name in ("max_num_seqs", "loaders", "loader_threads"):
+        for name in ("max_num_seqs", "loaders", "queue_depth"):
             _positive(name, getattr(self, name))
         if self.max_model_len is not None:
             _positive("max_model_len", self.max_model_len)

@@ -5,7 +5,8 @@ Axes: F d_ff, P parts, D d_model, n neurons of a block.
 
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +39,20 @@ Progress = Callable[[int], object]
 """Told of every stretch of bytes written."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GivenPredictor:
+    """A predictor that comes with the checkpoint.
+
+    Attributes:
+      name, info: as in the store.
+      tensors: makes those of `predictor_specs` for a layer.
+    """
+
+    name: str
+    info: PredictorInfo
+    tensors: Callable[[int], Mapping[str, np.ndarray]]
+
+
 def bytes_to_write(source: CheckpointSource, dtype: str) -> int:
     """Size of the store's weights, for the progress bar and the check of free space; predictors add at most 5 %."""
     return resident_bytes(source.config, dtype) + neuron_bytes(source.config, dtype)
@@ -49,6 +64,7 @@ def convert(
     *,
     dtype: str = "auto",
     predictor_rank: int | None = None,
+    predictors: Sequence[GivenPredictor] = (),
     progress: Progress = lambda written: None,
 ) -> Store:
     """Writes the store `destination` from a checkpoint.
@@ -58,6 +74,7 @@ def convert(
       destination: must not exist; appears when the store is whole and its neurons were read back and checked.
       dtype: the weights' dtype in the store; "auto" keeps the checkpoint's.
       predictor_rank: rank of the training-free predictor; None chooses it, 0 leaves the predictor out.
+      predictors: further ones to write.
       progress: called with the number of bytes just written.
 
     Raises:
@@ -77,6 +94,10 @@ def convert(
                 writer.write_neurons(layer, _neuron_blocks(source, layer, dtype, progress))
                 if rank:
                     _write_predictor(source, writer, layer, rank)
+                for given in predictors:
+                    tensors = given.tensors(layer)
+                    save_predictor_layer(writer.predictor_folder(given.name), source.config, given.info, layer, tensors)
+                    writer.add_predictor(given.name, given.info)
         if source.tokenizer_folder is not None:
             copy_tokenizer(source.tokenizer_folder, writer.path / TOKENIZER_FOLDER)
         writer.finish()

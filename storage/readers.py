@@ -18,12 +18,13 @@ from typing import Protocol, Self
 
 import numpy as np
 
-from ..errors import InflashError, RunError
+from ..errors import InflashError
 from .checksum import bundle_checksums, joined_checksum
 from .layout import bundles_path, checksums_path
+from .read_plan import ReadPlan, plan_rows
+from .read_queue import read_now, read_rest
 from .shard_index import RawArray, open_raw_array
 
-_MOST_SEGMENTS = os.sysconf("SC_IOV_MAX") if hasattr(os, "sysconf") else 1024
 _DIRECT = getattr(os, "O_DIRECT", 0)
 _SECTOR_BYTES = 512  # the smallest alignment that any disk asks for; a probe finds those that ask for more
 
@@ -104,20 +105,24 @@ class DirectFile:
         except OSError:
             return False
 
-    def read(self, segments: Sequence[memoryview], offset: int, length: int, direct: bool) -> int:
-        """Fills `segments` (`length` bytes altogether) from `offset`; returns the number of system calls."""
-        descriptor = self._direct if direct and self._direct is not None else self._buffered
-        done = os.preadv(descriptor, segments, offset)
-        calls = 1
-        while done < length:  # a signal or the kernel's own limit may cut a read short
-            if descriptor != self._buffered:
-                descriptor = self._buffered  # the rest no longer begins on a sector
-            rest = _skip(segments, done)
-            more = os.preadv(descriptor, rest, offset + done)
-            if more == 0:
-                raise RunError(f"{self.path}: expected {length} bytes at {offset}, found the file's end; convert the model again")
-            done, calls = done + more, calls + 1
-        return calls
+    def descriptor(self, direct: bool) -> int:
+        """To read with; `direct` as `can_read_directly` says."""
+        return self._direct if direct and self._direct is not None else self._buffered
+
+    def finish(self, plan: ReadPlan, read: int, result: int) -> None:
+        """Completes one read of a plan, whose `result` is what the kernel said: bytes, or an error number below zero.
+
+        Raises:
+          RunError: the file ends before the read does.
+          OSError: the disk refuses.
+        """
+        length, offset = int(plan.lengths[read]), int(plan.offsets[read])
+        if result < 0:
+            error = OSError(-result, os.strerror(-result), str(self.path))
+            error.add_note(f"while reading {length} bytes at {offset}")
+            raise error
+        if result < length:
+            read_rest(self._buffered, plan, read, result, self.path)
 
     def close(self) -> None:
         for descriptor in (self._buffered, self._direct):
@@ -129,13 +134,17 @@ class DirectFile:
 class DirectReader:
     """The hot path: byte ranges resolved once, `preadv` scattering each bundle into its rows, neighbours merged into one call.
 
-    Thread-safe: the descriptors carry no position.
+    `read` goes through one read after the other; loaders take `plan` and keep many reads under way. Thread-safe: the descriptors
+    carry no position.
+
+    Attributes:
+      file: the layer's shard.
     """
 
     def __init__(self, store: Path, layer: int, *, verify: bool = False) -> None:
         self._layer = layer
         self._array: RawArray = open_raw_array(store / bundles_path(layer))
-        self._file = DirectFile(self._array.file)
+        self.file = DirectFile(self._array.file)
         self._num_parts = self._array.shape[1]
         self._row_bytes = self._array.row_bytes // self._num_parts
         self._modes: dict[tuple[int, ...], bool] = {}
@@ -144,52 +153,59 @@ class DirectReader:
     def read(self, positions: np.ndarray, slots: np.ndarray, parts: Sequence[np.ndarray]) -> ReadCount:
         if len(positions) == 0:
             return ReadCount(0, 0)
-        row_bytes, num_parts = self._row_bytes, self._num_parts
-        direct = self._direct_mode(parts)
-        views = [memoryview(part.view(np.uint8).reshape(-1)) for part in parts]
-        offsets = self._array.row_offsets[positions]
-        starts = (np.asarray(slots, np.int64) * row_bytes).tolist()
-        calls = 0
-        for first, last in _runs(offsets, num_parts * row_bytes, _MOST_SEGMENTS // num_parts):
-            segments = [view[start : start + row_bytes] for start in starts[first:last] for view in views]
-            length = len(segments) * row_bytes
-            try:
-                calls += self._file.read(segments, int(offsets[first]), length, direct)
-            except OSError as error:
-                error.add_note(f"while reading layer {self._layer}, neurons {positions[first]} to {positions[last - 1]}")
-                raise
-        if self._checksums is not None:
-            self._check(positions, slots, parts)
-        return ReadCount(calls, len(positions) * num_parts * row_bytes)
+        plan = self.plan(positions, slots, [part.ctypes.data for part in parts])
+        descriptor = self.descriptor([part.ctypes.data for part in parts])
+        for read in range(len(plan)):
+            self.file.finish(plan, read, read_now(descriptor, plan, read))
+        self.check(positions, slots, parts)
+        return ReadCount(len(plan), plan.num_bytes)
+
+    def plan(
+        self, positions: np.ndarray, slots: np.ndarray, addresses: Sequence[int], *, merge_gap: int = 0, scratch: int = 0
+    ) -> ReadPlan:
+        """The reads for `read`; `addresses` are those of the P arrays, the rest as in `plan_rows`."""
+        rows = np.asarray(slots, np.uint64)[:, None] * np.uint64(self._row_bytes) + np.asarray(addresses, np.uint64)[None]
+        return plan_rows(self._array.row_offsets[positions], rows, self._row_bytes, merge_gap=merge_gap, scratch=scratch)
+
+    def descriptor(self, addresses: Sequence[int]) -> int:
+        """To read rows of the arrays at these addresses with: direct where that works, tried once an alignment."""
+        key = tuple(address % 4096 for address in addresses)
+        if key not in self._modes:
+            offset = int(self._array.row_offsets[0])
+            self._modes[key] = all(self.file.can_read_directly(self._row_bytes, address, offset) for address in key)
+            if not self._modes[key]:
+                warn_buffered(self.file.path, self._row_bytes)
+        return self.file.descriptor(self._modes[key])
+
+    def is_direct(self, addresses: Sequence[int]) -> bool:
+        """Whether reads into rows of the arrays at these addresses go past the page cache."""
+        self.descriptor(addresses)
+        return self._modes[tuple(address % 4096 for address in addresses)]
+
+    def check(self, positions: np.ndarray, slots: np.ndarray, parts: Sequence[np.ndarray]) -> None:
+        """Compares what was read with the checksums, where the reader was asked to verify.
+
+        Raises:
+          InflashError: a neuron is damaged.
+        """
+        if self._checksums is None:
+            return
+        for position, slot in zip(positions.tolist(), slots.tolist(), strict=True):
+            found = joined_checksum([part[slot] for part in parts])
+            if found != self._checksums[position]:
+                raise InflashError(
+                    f"{self.file.path}: layer {self._layer}, neuron at position {position}: expected checksum "
+                    f"{int(self._checksums[position]):08x}, found {found:08x}; the store is damaged, convert the model again"
+                )
 
     def close(self) -> None:
-        self._file.close()
+        self.file.close()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def _direct_mode(self, parts: Sequence[np.ndarray]) -> bool:
-        """Whether rows of these arrays may be read directly; tried once an alignment."""
-        key = tuple(part.ctypes.data % 4096 for part in parts)
-        if key not in self._modes:
-            offset = int(self._array.row_offsets[0])
-            self._modes[key] = all(self._file.can_read_directly(self._row_bytes, address, offset) for address in key)
-            if not self._modes[key]:
-                warn_buffered(self._file.path, self._row_bytes)
-        return self._modes[key]
-
-    def _check(self, positions: np.ndarray, slots: np.ndarray, parts: Sequence[np.ndarray]) -> None:
-        assert self._checksums is not None
-        for position, slot in zip(positions.tolist(), slots.tolist(), strict=True):
-            found = joined_checksum([part[slot] for part in parts])
-            if found != self._checksums[position]:
-                raise InflashError(
-                    f"{self._file.path}: layer {self._layer}, neuron at position {position}: expected checksum "
-                    f"{int(self._checksums[position]):08x}, found {found:08x}; the store is damaged, convert the model again"
-                )
 
 
 def read_checksums(store: Path, layer: int) -> np.ndarray:
@@ -234,23 +250,3 @@ def _open(path: Path, flags: int) -> int:
         return os.open(path, flags)
     except OSError as error:
         raise InflashError(f"{path}: cannot be opened: {error.strerror}") from error
-
-
-def _runs(offsets: np.ndarray, stride: int, most: int) -> list[tuple[int, int]]:
-    """Stretches [first, last) of neighbours on flash, none longer than `most`."""
-    breaks = (np.flatnonzero(np.diff(offsets) != stride) + 1).tolist()
-    runs = []
-    for first, last in zip([0, *breaks], [*breaks, len(offsets)], strict=True):
-        runs += [(start, min(start + most, last)) for start in range(first, last, most)]
-    return runs
-
-
-def _skip(segments: Sequence[memoryview], done: int) -> list[memoryview]:
-    rest = []
-    for segment in segments:
-        if done >= len(segment):
-            done -= len(segment)
-        else:
-            rest.append(segment[done:])
-            done = 0
-    return rest

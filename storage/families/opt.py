@@ -30,6 +30,19 @@ _LAYER_BIASES = {
 }
 _LAYER_NORMS = {"attention_norm": "self_attn_layer_norm", "ffn_norm": "final_layer_norm"}
 
+# d_model, layers, heads; d_ff is four times d_model. From the models' config.json files.
+_SIZES = {
+    "opt-125m": (768, 12, 12),
+    "opt-1.3b": (2048, 24, 32),
+    "opt-2.7b": (2560, 32, 32),
+    "opt-6.7b": (4096, 32, 32),
+    "opt-13b": (5120, 40, 40),
+    "opt-30b": (7168, 48, 56),
+    "opt-66b": (9216, 64, 72),
+}
+SIZES = tuple(_SIZES)
+"""Names of `named_config`."""
+
 
 class OptTranslation:
     """A translation of an OPT checkpoint; see `Translation`.
@@ -135,3 +148,63 @@ def _token_id(document: dict[str, Any], key: str, default: int) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < 0:
         raise InflashError(f"{key} should be one token id, found {value!r}")
     return value
+
+
+def named_config(name: str) -> ModelConfig:
+    """The canonical config of one of the models in `SIZES`, all of them pre-LN."""
+    d_model, num_layers, num_heads = _SIZES[name]
+    return ModelConfig(
+        family="opt",
+        vocab_size=50272,
+        d_model=d_model,
+        d_ff=4 * d_model,
+        num_layers=num_layers,
+        num_heads=num_heads,
+        max_positions=2048,
+        embed_dim=d_model,
+        position_offset=_POSITION_OFFSET,
+        bos_token_id=2,
+        eos_token_id=2,
+        pad_token_id=1,
+    )
+
+
+def config_document(config: ModelConfig, dtype: str) -> dict[str, Any]:
+    """The config.json of a canonical config, for transformers: what `model_config` reads back."""
+    return {
+        "architectures": ["OPTForCausalLM"],
+        "model_type": "opt",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.d_model,
+        "word_embed_proj_dim": config.embed_dim,
+        "ffn_dim": config.d_ff,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "max_position_embeddings": config.max_positions,
+        "activation_function": "relu",
+        "do_layer_norm_before": config.norm_first,
+        "_remove_final_layer_norm": config.norm_first and not config.final_norm,
+        "tie_word_embeddings": config.tied_head,
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": config.eos_token_id,
+        "pad_token_id": config.pad_token_id,
+        "torch_dtype": dtype,
+    }
+
+
+def tensor_names(name: str, layer: int | None) -> tuple[str, ...]:
+    """The Hugging Face names that make the canonical tensor `name`, stacked along its first axis; for "neurons" fc1 and fc2."""
+    prefix = _PREFIXES[0]
+    if name == "head":
+        return (_HEAD,)
+    norm, _, part = name.rpartition("_")
+    ending = {"scale": ".weight", "bias": ".bias"}.get(part, ".weight")
+    if layer is None:
+        return (f"{prefix}{_EMBEDDINGS[name]}.weight",) if name in _EMBEDDINGS else (f"{prefix}final_layer_norm{ending}",)
+    block = f"{prefix}layers.{layer}."
+    if name == "neurons":
+        return f"{block}fc1.weight", f"{block}fc2.weight"
+    if name in _LAYER_MATRICES or name in _LAYER_BIASES:
+        modules = _LAYER_MATRICES.get(name) or _LAYER_BIASES[name]
+        return tuple(f"{block}{module}{ending}" for module in modules)
+    return (f"{block}{_LAYER_NORMS[norm]}{ending}",)

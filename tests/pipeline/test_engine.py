@@ -53,7 +53,7 @@ def text(store: Store) -> np.ndarray:
 
 
 def open_engine(store: Store, **options: Any) -> Engine:
-    return Engine(store, EngineOptions(**{"predictor": "exact", "loaders": 1, "loader_threads": 2, **options}))
+    return Engine(store, EngineOptions(**{"predictor": "exact", "loaders": 1, "queue_depth": 2, **options}))
 
 
 def descriptors() -> int:
@@ -110,7 +110,7 @@ CACHES: list[dict[str, Any]] = [
     {"cache_neurons": 3},
     {"policy": "window", "window": 4, "cache_neurons": 0.5},
     {"policy": "window", "window": 1, "cache_neurons": 9},
-    {"cache_neurons": 0.25, "loaders": 3, "loader_threads": 1},
+    {"cache_neurons": 0.25, "loaders": 3, "queue_depth": 1},
     {"cache_neurons": 0.25, "verify": True},
 ]
 

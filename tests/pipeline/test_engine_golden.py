@@ -42,7 +42,7 @@ def test_logits_equal_those_of_transformers(store: Store, variant: str, mode: st
     texts, expected = zip(*golden_prompts(variant), strict=True)
     assert len({len(text) for text in texts}) == 5
     halves = [max(1, len(text) // 2) for text in texts]
-    with Engine(store, EngineOptions(**MODES[mode], loaders=1, loader_threads=2)) as engine:
+    with Engine(store, EngineOptions(**MODES[mode], loaders=1, queue_depth=2)) as engine:
         engine.prepare(1, 64)
         for text, logits in zip(texts, expected, strict=True):
             np.testing.assert_allclose(engine.all_logits(text), logits, rtol=0, atol=TOLERANCE)

@@ -86,7 +86,7 @@ def document(store: Store, windows: TextWindows, progress: list[int]) -> dict[st
 def dense(store: Store, windows: TextWindows) -> list[LayerOutput]:
     """Each layer's outputs for all windows."""
     outputs = []
-    with LayerwisePass(store, CONTEXT, loaders=1, loader_threads=2) as model:
+    with LayerwisePass(store, CONTEXT, loaders=1, queue_depth=2) as model:
         hidden = model.embed(windows.token_ids)
         for layer in range(NUM_LAYERS):
             with model.attention(layer) as weights:
@@ -209,7 +209,7 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 
 def log_shares(store: Store, windows: TextWindows, **options: Any) -> np.ndarray:
     """[W, C - 1, V] log-probabilities of the next token, by the engine."""
-    with LLM(store.path, loaders=1, loader_threads=2, **options) as llm:
+    with LLM(store.path, loaders=1, queue_depth=2, **options) as llm:
         return log_softmax(np.stack([llm.logits(window)[:-1] for window in windows.token_ids]))
 
 

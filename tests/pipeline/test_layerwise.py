@@ -55,7 +55,7 @@ def opened(model: Model) -> Iterator[LayerwisePass]:
     """Blocks of a hundred neurons, of which the last is shorter."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(feed_forward, "STREAM_BLOCK_BYTES", 100 * model.store.bundles.bundle_bytes)
-        with LayerwisePass(model.store, model.token_ids.shape[1], loaders=1, loader_threads=2) as opened:
+        with LayerwisePass(model.store, model.token_ids.shape[1], loaders=1, queue_depth=2) as opened:
             yield opened
 
 
@@ -80,7 +80,7 @@ def dense(model: Model, opened: LayerwisePass) -> list[LayerOutput]:
 
 def logits_of(store: Store, token_ids: np.ndarray, **options: Any) -> np.ndarray:
     """[W, C, V] by the engine."""
-    with LLM(store.path, loaders=1, loader_threads=2, **options) as llm:
+    with LLM(store.path, loaders=1, queue_depth=2, **options) as llm:
         return np.stack([llm.logits(window) for window in token_ids])
 
 
@@ -194,7 +194,7 @@ def test_neurons_may_lie_in_any_order(
             array = zarr.open_array(str(path / name), mode="r+")
             array[:] = np.asarray(array[:])[order]
     monkeypatch.setattr(feed_forward, "STREAM_BLOCK_BYTES", 100 * model.store.bundles.bundle_bytes)
-    with LayerwisePass(open_store(path), model.token_ids.shape[1], loaders=1, loader_threads=2) as reordered:
+    with LayerwisePass(open_store(path), model.token_ids.shape[1], loaders=1, queue_depth=2) as reordered:
         outputs = run_all(reordered, model.token_ids)
         for layer, (output, before, order) in enumerate(zip(outputs, dense, orders, strict=True)):
             np.testing.assert_allclose(output.hidden, before.hidden, rtol=0, atol=1e-5)
@@ -208,7 +208,7 @@ def test_neurons_may_lie_in_any_order(
 
 
 def test_closing_twice_leaves_nothing(model: Model) -> None:
-    opened = LayerwisePass(model.store, 16, loaders=1, loader_threads=1)
+    opened = LayerwisePass(model.store, 16, loaders=1, queue_depth=1)
     processes = opened.engine.pool.process_ids
     opened.close()
     opened.close()

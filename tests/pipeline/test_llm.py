@@ -38,7 +38,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
 
 @pytest.fixture(scope="module")
 def llm(store: Store) -> Iterator[LLM]:
-    with LLM(store.path, predictor="exact", max_num_seqs=4, loader_threads=2) as opened:
+    with LLM(store.path, predictor="exact", max_num_seqs=4, queue_depth=2) as opened:
         yield opened
 
 
@@ -290,7 +290,7 @@ def test_a_missing_store(tmp_path: Path) -> None:
 
 
 def test_a_shorter_limit_than_the_models(store: Store) -> None:
-    with LLM(store.path, predictor="exact", max_model_len=16, max_num_seqs=1, loader_threads=1) as llm:
+    with LLM(store.path, predictor="exact", max_model_len=16, max_num_seqs=1, queue_depth=1) as llm:
         (output,) = llm.generate("0123456789", GREEDY)
         assert len(output.outputs[0].token_ids) == 6
         with pytest.raises(InflashError, match="at most 15 tokens fit"):
@@ -312,7 +312,7 @@ def test_its_arguments_are_the_engines_options() -> None:
 def test_logits_of_whole_texts_again_and_again(tmp_path: Path) -> None:
     """Positions that are no power of two: the KV cache holds more than the model may use."""
     store = make_store(tmp_path, num_hidden_layers=1, max_position_embeddings=50)
-    with LLM(store.path, ffn="resident", loader_threads=1, max_num_seqs=1) as llm:
+    with LLM(store.path, ffn="resident", queue_depth=1, max_num_seqs=1) as llm:
         text = np.random.default_rng().integers(0, store.config.vocab_size, 50).tolist()
         np.testing.assert_array_equal(llm.logits(text), llm.logits(text))
 
@@ -325,7 +325,7 @@ def test_a_model_that_computes_nonsense_says_so(tmp_path: Path) -> None:
     save_file(weights, checkpoint / "model.safetensors")
     with pytest.warns(UserWarning, match="up_bias: contains NaN or infinite weights"):
         store = convert_quietly(checkpoint, tmp_path / "store")
-    with LLM(store.path, ffn="resident", loader_threads=1, max_num_seqs=1) as llm:
+    with LLM(store.path, ffn="resident", queue_depth=1, max_num_seqs=1) as llm:
         with pytest.raises(RunError, match="prompt 0: the model's scores are NaN or infinite"):
             llm.generate([[5, 6]], GREEDY)
         with pytest.raises(InflashError, match="stop_token_ids: should be from 0 to"):
@@ -333,7 +333,7 @@ def test_a_model_that_computes_nonsense_says_so(tmp_path: Path) -> None:
 
 
 def test_a_loader_killed_while_generating_ends_the_call(store: Store) -> None:
-    with LLM(store.path, predictor="exact", cache_neurons=0.1, max_num_seqs=1, loader_threads=1) as llm:
+    with LLM(store.path, predictor="exact", cache_neurons=0.1, max_num_seqs=1, queue_depth=1) as llm:
         killed: list[float] = []
 
         def kill_once(_: int) -> None:
@@ -351,7 +351,7 @@ def test_a_store_without_a_tokenizer_takes_token_ids(tmp_path: Path) -> None:
     """It is a golden one, so `logits` can be compared with transformers."""
     write_golden_checkpoint(tmp_path / "checkpoint", "untied")
     store = convert_quietly(tmp_path / "checkpoint", tmp_path / "store", predictor_rank=0)
-    with LLM(store.path, ffn="hybrid", max_num_seqs=1, loader_threads=1) as llm:
+    with LLM(store.path, ffn="hybrid", max_num_seqs=1, queue_depth=1) as llm:
         for ids, expected in golden_prompts("untied"):
             np.testing.assert_allclose(llm.logits(ids), expected, rtol=0, atol=1e-4)
         with pytest.raises(InflashError, match="this store has no tokenizer; give token ids"):

@@ -27,11 +27,11 @@ def neurons(tmp_path_factory: pytest.TempPathFactory) -> tuple[Store, list[np.nd
     return write_neurons(tmp_path_factory.mktemp("neurons") / "store", dtype="bfloat16", d_model=256, d_ff=500)
 
 
-@pytest.mark.parametrize(("loaders", "threads"), [(1, 1), (2, 3), (3, 1)])
-def test_neurons_arrive_in_their_slots(neurons: tuple[Store, list[np.ndarray]], loaders: int, threads: int) -> None:
+@pytest.mark.parametrize(("loaders", "depth"), [(1, 1), (2, 3), (3, 64)])
+def test_neurons_arrive_in_their_slots(neurons: tuple[Store, list[np.ndarray]], loaders: int, depth: int) -> None:
     store, layers = neurons
     rng = np.random.default_rng()
-    with bench(store, loaders=loaders, threads=threads) as b:
+    with bench(store, loaders=loaders, depth=depth) as b:
         expected = [b.rows(part).copy() for part in range(2)]
         requested = 0
         for _ in range(30):
@@ -239,7 +239,7 @@ sys.path.insert(0, {str(TESTS)!r})
 from pathlib import Path
 from inflash.storage.store import open_store
 from pipeline_bench import Bench
-b = Bench(open_store(Path({str(neurons[0].path)!r})), loaders=2, threads=2)
+b = Bench(open_store(Path({str(neurons[0].path)!r})), loaders=2, depth=8)
 b.scatter(0, range(500), range(500))
 print(*b.pool.process_ids, flush=True)
 while True:
