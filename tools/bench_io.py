@@ -59,7 +59,7 @@ def _scratch_store(path: Path, bundle_bytes: int, file_mib: int) -> Store:
 
 
 def _measure(store: Store, arguments: argparse.Namespace) -> int:
-    threads = arguments.loaders * arguments.loader_threads
+    threads = arguments.loaders * arguments.queue_depth
     shard = open_raw_array(store.path / bundles_path(0))
     seconds = arguments.seconds / ROUNDS
     methods: dict[str, Callable[[float], float]] = {
@@ -67,7 +67,7 @@ def _measure(store: Store, arguments: argparse.Namespace) -> int:
     }
     if shutil.which("fio"):
         methods["fio psync"] = lambda s: _fio(shard.file, shard.row_bytes, threads, s)
-    with _Loaders(store, arguments.loaders, arguments.loader_threads) as loaders:
+    with _Loaders(store, arguments.loaders, arguments.queue_depth) as loaders:
         methods["inflash loaders"] = loaders.measure
         samples: dict[str, list[float]] = {name: [] for name in methods}
         for _ in range(ROUNDS):
@@ -80,13 +80,13 @@ def _measure(store: Store, arguments: argparse.Namespace) -> int:
         [name, f"{rate / 1e6:.0f}", f"{rate / shard.row_bytes:.0f}", f"{100 * rate / best:.0f}%"] for name, rate in rates.items()
     ]
     print(
-        f"random reads of {shard.row_bytes} bytes, {arguments.loaders} loaders x {arguments.loader_threads} threads: {arguments.target}"
+        f"random reads of {shard.row_bytes} bytes, {arguments.loaders} loaders x {arguments.queue_depth} threads: {arguments.target}"
     )
     print(table(["method", "MB/s", "reads/s", "of the best reference"], rows))
     document = {
         "bundle_bytes": shard.row_bytes,
         "loaders": arguments.loaders,
-        "loader_threads": arguments.loader_threads,
+        "queue_depth": arguments.queue_depth,
         "preadv_bytes_per_s": rates["preadv loop"],
         "fio_bytes_per_s": rates.get("fio psync"),
         "loader_bytes_per_s": ours,
@@ -109,7 +109,7 @@ class _Loaders:
         # Two requests are under way, so that the loaders need not wait for the next one.
         self._rows = [[plan.reserve(_REQUEST_NEURONS * layout.row_bytes) for _ in range(layout.num_parts)] for _ in range(2)]
         self._slab = Slab(plan.num_bytes)
-        self._pool = LoaderPool(store, self._slab, regions, threads=threads)
+        self._pool = LoaderPool(store, self._slab, regions, depth=threads // loaders)
         self._rng = np.random.default_rng(1)
 
     def measure(self, seconds: float) -> float:
