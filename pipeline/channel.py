@@ -11,8 +11,8 @@ import numpy as np
 
 from .slab import Slab, SlabPlan
 
-SCATTER, RANGE, BYTES = 0, 1, 2
-"""Kinds of request: listed neurons to listed slots; a run of neurons to a run of slots; raw bytes of a file."""
+SCATTER, RANGE, BYTES, ROWS = 0, 1, 2, 3
+"""Kinds of request: listed neurons to listed slots; a run of neurons to a run of slots; raw bytes of a file; one part of listed neurons."""
 
 MOST_PARTS = 3
 RING_LENGTH = 256
@@ -20,11 +20,18 @@ RING_LENGTH = 256
 REQUEST = np.dtype(
     [
         ("kind", "<u8"),
-        ("source", "<u8"),  # SCATTER, RANGE: the layer; BYTES: the number of the file
-        ("start", "<u8"),  # SCATTER: first entry in the lists; RANGE: first position in the layer; BYTES: offset in the file
-        ("count", "<u8"),  # SCATTER, RANGE: neurons; BYTES: bytes
-        ("slot", "<u8"),  # RANGE: first slot
-        ("parts", "<u8", (MOST_PARTS,)),  # offset in the slab of each part's rows; BYTES: of the destination, in the first
+        ("source", "<u8"),  # SCATTER, RANGE, ROWS: the layer; BYTES: the number of the file
+        (
+            "start",
+            "<u8",
+        ),  # SCATTER, ROWS: first entry in the lists; RANGE: first position in the layer; BYTES: offset in the file
+        ("count", "<u8"),  # SCATTER, RANGE, ROWS: neurons; BYTES: bytes
+        ("slot", "<u8"),  # RANGE: first slot; ROWS: the part
+        (
+            "parts",
+            "<u8",
+            (MOST_PARTS,),
+        ),  # offset in the slab of each part's rows; BYTES, ROWS: of the destination, in the first
     ]
 )
 COUNTERS = ("reads", "bytes", "gap_bytes", "busy_ns", "requests")

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Self
 
 import jax
@@ -19,10 +20,10 @@ from ..kernels.compilation import jit
 from ..kernels.decoder_layer import LayerShape, after_ffn, attention_chunk, attention_decode
 from ..storage.readers import DirectReader
 from ..storage.store import Store
+from .cached_feed_forward import CachedFeedForward
 from .feed_forward import (
     STREAM_BLOCK_BYTES,
     STREAM_BUFFERS,
-    CachedFeedForward,
     FeedForward,
     ResidentFeedForward,
     StreamedFeedForward,
@@ -34,7 +35,15 @@ from .loader_pool import LoaderPool
 from .matrix_source import STREAMED_NAMES, MatrixSource, ResidentMatrices, StreamedMatrices
 from .neuron_rows import NeuronRows
 from .options import EngineOptions
-from .predictors import AllNeurons, ExactPredictor, Predictor, StoredPredictor, choose_predictor, predictor_bytes
+from .predictors import (
+    AllNeurons,
+    ExactPredictor,
+    Predictor,
+    StoredPredictor,
+    choose_predictor,
+    choose_prefetch,
+    predictor_bytes,
+)
 from .slab import Slab, SlabPlan
 from .step_times import StepTimes
 from .weights import compute_dtype, load_weights, loaded_bytes, zeros
@@ -57,8 +66,12 @@ class Engine:
         and the products' dtype, for passes over a model that go another way than `process_prompts` and `decode`.
     """
 
-    def __init__(self, store: Store, options: EngineOptions) -> None:
+    def __init__(self, store: Store, options: EngineOptions, *, split_rows: Path | None = None) -> None:
         """Loads the resident weights, makes the slab and starts the loaders.
+
+        Args:
+          store, options: which model, and how it runs.
+          split_rows: a copy of the neurons without bundles to decode from, see `storage.split_rows`; for comparisons.
 
         Raises:
           InflashError: the options do not fit the store, or memory is too small for them; nothing was started then.
@@ -66,7 +79,7 @@ class Engine:
         self.store, self.config, self.options = store, store.config, options
         self.times = StepTimes()
         self.num_seqs = self.capacity = 0
-        self._closed = False
+        self._closed, self._split_rows = False, split_rows
         self.compute = compute_dtype(options.compute_dtype, store.dtype)
         self.shape = LayerShape(
             num_heads=store.config.num_heads,
@@ -75,6 +88,7 @@ class Engine:
             compute_dtype=self.compute.name,
         )
         self.predictor_name = choose_predictor(store, options.predictor) if options.ffn == "sparse" else None
+        self.prefetch_name = choose_prefetch(store, options.prefetch, self.predictor_name)
         skip = STREAMED_NAMES if options.ffn == "naive" else frozenset()
         self._check_memory(skip)
         self.weights = load_weights(store, self.compute, skip, verify=options.verify)
@@ -88,7 +102,9 @@ class Engine:
             "attention and embeddings": loaded_bytes(self.store, self.compute, skip),
             "neurons": slots * bundles.bundle_bytes * config.num_layers,
             "buffers": self._buffer_bytes(),
-            "predictor": predictor_bytes(self.store, self.predictor_name or "none", self.compute),
+            "predictor": sum(
+                predictor_bytes(self.store, name or "none", self.compute) for name in (self.predictor_name, self.prefetch_name)
+            ),
             "program": program_bytes(options.loaders),
         }
         check_fits(self._memory_parts, advice)
@@ -120,6 +136,7 @@ class Engine:
                 merge_gap=options.merge_gap,
                 files=naive.files if naive else (),
                 verify=options.verify,
+                split_rows=self._split_rows,
             )
         except BaseException:
             self._slab.close()
@@ -128,6 +145,7 @@ class Engine:
             for part in {id(part): part for part in (naive, self.prompt_ffn, self._decode_ffn) if part}.values():
                 part.bind(self._slab, self._pool)
             self._predictor = self._make_predictor()
+            self._ahead = self._load_predictor(self.prefetch_name) if self.prefetch_name else None
         except BaseException:
             self.close()
             raise
@@ -152,9 +170,12 @@ class Engine:
         elif self.predictor_name == "exact":
             predictor = ExactPredictor(self.weights, self.prompt_ffn.up_rows)
         else:
-            predictor = StoredPredictor(self.store, self.predictor_name, verify=self.options.verify)
+            predictor = self._load_predictor(self.predictor_name)
         self._decode_ffn.observe(self.times)
         return predictor
+
+    def _load_predictor(self, name: str) -> StoredPredictor:
+        return StoredPredictor(self.store, name, verify=self.options.verify)
 
     def prepare(self, num_seqs: int, max_length: int) -> None:
         """Makes room for `num_seqs` sequences of up to `max_length` tokens and compiles everything they need.
@@ -224,6 +245,7 @@ class Engine:
                 )
                 self.matrices.give_back_attention(layer, residual)
                 tile = self._predicting(layer, Tile(residual=residual, ffn_in=ffn_in, active=active), before)
+                tile = self._guessing(layer, tile)
                 (x,) = self._decode_ffn.add_neurons(layer, [tile])  # B to F
                 x, before = self.after_ffn(layer, x), tile
             (logits,) = self.matrices.logits([x])  # H
@@ -291,6 +313,12 @@ class Engine:
         read = before.ffn_in if self._predictor.ahead and before is not None else tile.ffn_in
         return replace(tile, predicted=self._predictor.predict(layer, read))
 
+    def _guessing(self, layer: int, tile: Tile) -> Tile:
+        """The tile with what the next layer will likely need (G), where that is read early."""
+        if self._ahead is None or layer + 1 == self.config.num_layers:
+            return tile
+        return replace(tile, guessed=self._ahead.predict(layer + 1, tile.ffn_in))
+
     def after_ffn(self, layer: int, x: jax.Array) -> jax.Array:
         """What follows the layer's neurons, [B, D] to [B, D]: the post-LN norm, or nothing."""
         return x if self.shape.norm_first else _after_ffn(x, self.weights.layers[layer], self.shape)
@@ -308,7 +336,7 @@ class Engine:
         self.after_ffn(0, x)
         tile = Tile(residual=x, ffn_in=x, active=nothing > 0)
         for layer in reversed(range(self.config.num_layers)):  # ranks may differ from layer to layer
-            tile = self._predicting(layer, tile, None)
+            tile = self._guessing(layer, self._predicting(layer, tile, None))
         self._decode_ffn.warm_up(tile)
         self.matrices.warm_up(x)
         for size in CHUNK_SIZES:

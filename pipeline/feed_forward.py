@@ -1,6 +1,6 @@
-"""Where feed-forward neurons come from: streamed in blocks, resident, or cached by slot. One interface, so that a layer does not know.
+"""Where feed-forward neurons come from: streamed in blocks, or resident; `cached_feed_forward` is the third. One interface for all.
 
-Axes: T tokens of a tile (the sequences of a decoding step, or a chunk of a prompt), D d_model, F d_ff, S slots, K padded neurons.
+Axes: T tokens of a tile (the sequences of a decoding step, or a chunk of a prompt), D d_model, F d_ff.
 """
 
 from collections.abc import Sequence
@@ -12,16 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..kernels.compilation import jit
-from ..kernels.sparse_ffn import block_ffn, gathered_ffn, observed_block_ffn
+from ..kernels.sparse_ffn import block_ffn, observed_block_ffn
 from ..storage.store import Store
 from .block_stream import BlockStream
-from .fixed_shapes import SMALLEST_GATHER, doublings, fitting, padded
 from .loader_pool import LoaderPool
-from .neuron_cache import make_cache
 from .neuron_rows import NeuronRows
-from .options import EngineOptions
 from .slab import Slab, SlabPlan
-from .step_times import StepTimes
 from .weights import aligned_empty, on_device
 
 STREAM_BLOCK_BYTES = 8 << 20  # at 2 GB/s the disk takes 4 ms for it: a thousand times the cost of asking
@@ -29,9 +25,7 @@ STREAM_BUFFERS = 4
 
 _block = jit(block_ffn, static_argnames=("compute_dtype",))
 _observed_block = jit(observed_block_ffn, static_argnames=("compute_dtype",))
-_gathered = jit(gathered_ffn, static_argnames=("compute_dtype",))
 _columns = jit(lambda predicted, start, length: jax.lax.dynamic_slice_in_dim(predicted, start, length, 1), static_argnums=2)
-_needed = jit(lambda predicted, active: (predicted & active[:, None], jnp.any(predicted & active[:, None], axis=0)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,12 +37,14 @@ class Tile:
       ffn_in: [T, D] f32, what they see.
       active: [T] bool, on the host: tokens that matter; the others are padding.
       predicted: [T, F] bool, the neurons that each token may use; None: all. The cache needs it.
+      guessed: [T, F] bool, the neurons that the next layer will likely need; None: no guess.
     """
 
     residual: jax.Array
     ffn_in: jax.Array
     active: np.ndarray
     predicted: jax.Array | None = None
+    guessed: jax.Array | None = None
 
 
 class FeedForward(Protocol):
@@ -178,81 +174,3 @@ def _dense_ffn(accumulator, ffn_in, up, down, up_bias, predicted, *, compute_dty
 
 
 _dense = jit(_dense_ffn, static_argnames=("compute_dtype",))
-
-
-class CachedFeedForward:
-    """The paper's way: predicted neurons only, those in the cache computed while the others are being read."""
-
-    def __init__(
-        self, store: Store, plan: SlabPlan, up_bias: Sequence[np.ndarray], compute: np.dtype, options: EngineOptions
-    ) -> None:
-        config = store.config
-        self._compute, self._times, self._d_ff = compute, StepTimes(), config.d_ff
-        self._num_slots = options.cache_slots(config.d_ff)
-        self._gather_sizes = doublings(SMALLEST_GATHER, self._num_slots)
-        self._layers = [NeuronRows(plan, store.bundles, self._num_slots) for _ in range(config.num_layers)]
-        self._caches = [
-            make_cache(config.d_ff, self._num_slots, options.policy, options.window) for _ in range(config.num_layers)
-        ]
-        self._bias = [on_device(bias) for bias in up_bias]
-
-    def bind(self, slab: Slab, pool: LoaderPool) -> None:
-        self._pool = pool
-        for rows in self._layers:
-            rows.bind(slab)
-
-    def observe(self, times: StepTimes) -> None:
-        """Counts hits, misses and memory management into `times` from now on."""
-        self._times = times
-
-    def add_neurons(self, layer: int, tiles: Sequence[Tile]) -> list[jax.Array]:
-        (tile,) = tiles  # decoding steps are one tile
-        assert tile.predicted is not None
-        predicted, needed = _needed(tile.predicted, tile.active)
-        neuron_ids = np.flatnonzero(np.asarray(needed)).astype(np.int32)
-        self._caches[layer].begin_token()
-        self._times.neurons += self._d_ff
-        total = tile.residual
-        # Nearly always one turn; a token that needs more neurons than there are slots takes several.
-        for start in range(0, len(neuron_ids), self._num_slots):
-            if start:
-                total.block_until_ready()  # the slots are about to be overwritten
-            total = self._add_turn(layer, neuron_ids[start : start + self._num_slots], total, tile.ffn_in, predicted)
-        return [total]
-
-    def _add_turn(self, layer: int, neuron_ids: np.ndarray, total: jax.Array, ffn_in: jax.Array, predicted: jax.Array):
-        with self._times.managing_memory():
-            placement = self._caches[layer].place(neuron_ids)
-            self._times.count(hits=len(placement.hit_ids), misses=len(placement.miss_ids))
-            ticket = None
-            if len(placement.miss_ids):
-                ticket = self._pool.scatter(layer, placement.miss_ids, placement.miss_slots, self._layers[layer].offsets)
-        if len(placement.hit_ids):
-            total = self._gather(layer, placement.hit_ids, placement.hit_slots, total, ffn_in, predicted)
-        if ticket is not None:
-            self._pool.wait(ticket)
-            total = self._gather(layer, placement.miss_ids, placement.miss_slots, total, ffn_in, predicted)
-        return total
-
-    def _gather(self, layer: int, neuron_ids, slots, total, ffn_in, predicted) -> jax.Array:
-        size = fitting(len(neuron_ids), self._gather_sizes)
-        rows = self._layers[layer]
-        return _gathered(
-            total,
-            ffn_in,
-            rows.up,
-            rows.down,
-            self._bias[layer],
-            predicted,
-            padded(slots, size),
-            padded(neuron_ids, size),
-            np.int32(len(neuron_ids)),
-            compute_dtype=self._compute,
-        )
-
-    def warm_up(self, tile: Tile) -> None:
-        assert tile.predicted is not None
-        predicted, _ = _needed(tile.predicted, tile.active)
-        for size in self._gather_sizes:
-            nothing = np.zeros(size, np.int32)
-            self._gather(0, nothing, nothing, tile.residual, tile.ffn_in, predicted)

@@ -29,7 +29,8 @@ class LLM:
 
     Args:
       model: the store that `inflash convert` wrote.
-      ffn, predictor, cache_neurons, window, policy, max_num_seqs, max_model_len, compute_dtype, loaders, queue_depth, seed, verify:
+      ffn, predictor, cache_neurons, window, policy, prefetch, overlap, max_num_seqs, max_model_len, compute_dtype, loaders,
+        queue_depth, merge_gap, seed, verify:
         see `EngineOptions`, which has the same names and defaults (a test compares them).
 
     Raises:
@@ -49,11 +50,14 @@ class LLM:
         cache_neurons: float | int = 0.25,
         window: int | None = None,
         policy: str = "lru",
+        prefetch: str = "auto",
+        overlap: bool = True,
         max_num_seqs: int = 8,
         max_model_len: int | None = None,
         compute_dtype: str = "auto",
         loaders: int = 2,
         queue_depth: int = 32,
+        merge_gap: int = 16 << 10,
         seed: int = 0,
         verify: bool = False,
     ) -> None:
@@ -63,11 +67,14 @@ class LLM:
             cache_neurons=cache_neurons,
             window=window,
             policy=policy,
+            prefetch=prefetch,
+            overlap=overlap,
             max_num_seqs=max_num_seqs,
             max_model_len=max_model_len,
             compute_dtype=compute_dtype,
             loaders=loaders,
             queue_depth=queue_depth,
+            merge_gap=merge_gap,
             seed=seed,
             verify=verify,
         )

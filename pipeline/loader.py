@@ -22,10 +22,11 @@ from pathlib import Path
 
 import numpy as np
 
+from ..storage.layout import rows_path
 from ..storage.read_plan import ReadPlan, plan_bytes
 from ..storage.read_queue import open_read_queue
 from ..storage.readers import DirectFile, DirectReader
-from .channel import BYTES, COUNTERS, RANGE, RING_LENGTH, SCATTER, Channel, ChannelRegion
+from .channel import BYTES, COUNTERS, RANGE, RING_LENGTH, ROWS, SCATTER, Channel, ChannelRegion
 from .slab import ALIGNMENT, Slab
 
 _LARGEST_BATCH = 16  # reads that are worth waiting for
@@ -38,6 +39,7 @@ class LoaderConfig:
     """What a loader is told at birth; descriptors are inherited."""
 
     store: str
+    split_rows: str
     files: tuple[str, ...]
     d_model: int
     num_parts: int
@@ -97,7 +99,7 @@ class Loader:
         self._config = config
         self._slab = Slab(config.slab_bytes, config.slab_descriptor)
         self._channel = Channel(self._slab, config.region)
-        self._readers: dict[int, DirectReader] = {}
+        self._readers: dict[tuple[int, int | None], DirectReader] = {}
         self._files: dict[int, DirectFile] = {}
         self._queue = open_read_queue(config.depth, direct=config.direct)
         self._scratch = mmap.mmap(-1, max(config.merge_gap, ALIGNMENT))
@@ -127,7 +129,7 @@ class Loader:
         while self._requests:
             self._submit()
             # Few large batches cost less than many small ones, but the disk's queue must not run empty.
-            tags, results = self._queue.reap(max(1, min(self._queue.under_way // 2, _LARGEST_BATCH)), _LOOK_UP_S)
+            tags, results = self._queue.reap(max(1, min(self._queue.under_way // 4, _LARGEST_BATCH)), _LOOK_UP_S)
             self._take_back(tags, results)
             now = time.perf_counter_ns()
             self._count(busy_ns=now - began)
@@ -193,7 +195,7 @@ class Loader:
         kind, source, start, count = (int(record[name]) for name in ("kind", "source", "start", "count"))
         if kind == BYTES:
             return self._plan_bytes(number, source, start, count, int(record["parts"][0]))
-        if kind == SCATTER:
+        if kind in (SCATTER, ROWS):
             positions = self._channel.positions[start : start + count].copy()
             slots = self._channel.slots[start : start + count].copy()
         elif kind == RANGE:
@@ -201,13 +203,14 @@ class Loader:
             slots = np.arange(int(record["slot"]), int(record["slot"]) + count)
         else:
             raise ValueError(f"request of unknown kind {kind}")
-        config, reader = self._config, self._reader(source)
+        config, part = self._config, int(record["slot"]) if kind == ROWS else None
+        reader, num_parts = self._reader(source, part), config.num_parts if part is None else 1
         dtype = np.dtype(f"u{config.item_bytes}")
         shape = (int(slots.max()) + 1, config.d_model)
-        parts = [self._slab.array(int(o), shape, dtype) for o in record["parts"][: config.num_parts]]
+        parts = [self._slab.array(int(o), shape, dtype) for o in record["parts"][:num_parts]]
         addresses = [part.ctypes.data for part in parts]
         plan = reader.plan(positions, slots, addresses, merge_gap=config.merge_gap, scratch=self._scratch_address)
-        num_bytes = count * config.num_parts * config.d_model * config.item_bytes
+        num_bytes = count * num_parts * config.d_model * config.item_bytes
         return _Request(
             number, plan, reader.file, reader.descriptor(addresses), num_bytes, lambda: reader.check(positions, slots, parts)
         )
@@ -218,10 +221,15 @@ class Loader:
         plan = plan_bytes(start, count, self._slab.array(target, (count,), np.uint8).ctypes.data)
         return _Request(number, plan, file, file.descriptor(direct), count, lambda: None)
 
-    def _reader(self, layer: int) -> DirectReader:
-        if layer not in self._readers:
-            self._readers[layer] = DirectReader(Path(self._config.store), layer, verify=self._config.verify)
-        return self._readers[layer]
+    def _reader(self, layer: int, part: int | None) -> DirectReader:
+        """Of a layer's bundles, or of one part's rows where those lie apart."""
+        if (layer, part) not in self._readers:
+            if part is None:
+                reader = DirectReader(Path(self._config.store), layer, verify=self._config.verify)
+            else:
+                reader = DirectReader(Path(self._config.split_rows), layer, path=rows_path(layer, part))
+            self._readers[layer, part] = reader
+        return self._readers[layer, part]
 
     def _file(self, number: int) -> DirectFile:
         if number not in self._files:

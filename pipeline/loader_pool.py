@@ -19,7 +19,7 @@ import numpy as np
 
 from ..errors import RunError
 from ..storage.store import Store
-from .channel import BYTES, COUNTERS, MOST_PARTS, RANGE, RING_LENGTH, SCATTER, Channel, ChannelRegion
+from .channel import BYTES, COUNTERS, MOST_PARTS, RANGE, RING_LENGTH, ROWS, SCATTER, Channel, ChannelRegion
 from .loader import LoaderConfig
 from .slab import Slab, SlabPlan
 
@@ -63,6 +63,7 @@ class LoaderPool:
         merge_gap: int = 0,
         files: Sequence[Path] = (),
         verify: bool = False,
+        split_rows: Path | None = None,
     ) -> None:
         """Starts a loader for each region.
 
@@ -74,6 +75,7 @@ class LoaderPool:
           merge_gap: neurons at most so many bytes apart are read together.
           files: that `read_bytes` may name.
           verify: compare every neuron with its checksum.
+          split_rows: read listed neurons from a copy whose parts lie apart, as `storage.split_rows` makes it.
         """
         self._bundle_bytes = store.bundles.bundle_bytes
         self._done = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -89,7 +91,9 @@ class LoaderPool:
             "direct": direct,
             "merge_gap": merge_gap,
             "verify": verify,
+            "split_rows": str(split_rows.absolute()) if split_rows else "",
         }
+        self._split = split_rows is not None
         try:
             for region in regions:
                 self._peers.append(self._start(store, slab, region, how))
@@ -121,7 +125,11 @@ class LoaderPool:
             peer.channel.positions[start : start + last - first] = positions[first:last]
             peer.channel.slots[start : start + last - first] = slots[first:last]
             peer.next_entry = start + last - first
-            ticket.append(self._submit(peer_number, SCATTER, layer, start, last - first, 0, parts))
+            if self._split:
+                for number, part in enumerate(parts):
+                    ticket.append(self._submit(peer_number, ROWS, layer, start, last - first, number, (part,)))
+            else:
+                ticket.append(self._submit(peer_number, SCATTER, layer, start, last - first, 0, parts))
         self.bytes_requested += len(positions) * self._bundle_bytes
         return tuple(ticket)
 

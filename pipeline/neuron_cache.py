@@ -149,16 +149,19 @@ class SlidingWindow(LeastRecentlyUsed):
 
     def __init__(self, num_neurons: int, num_slots: int, window: int) -> None:
         super().__init__(num_neurons, num_slots)
-        self._starts: deque[int] = deque(maxlen=window)  # the newest stamp when each of the last tokens began
+        self._window = window
+        self._starts: deque[int] = deque()  # the newest stamp when each of the last tokens began
 
     def begin_token(self) -> None:
-        if len(self._starts) == self._starts.maxlen:
-            self._release(self._oldest(self.num_slots, before=self._starts[0] + 1))
         self._starts.append(self._now)
+        if len(self._starts) > self._window:
+            self._release(self._oldest(self.num_slots, before=self._starts.popleft() + 1))
 
 
 def make_cache(num_neurons: int, num_slots: int, policy: str, window: int | None) -> NeuronCache:
-    """The cache of one layer under a policy's name ("lru" or "window")."""
+    """The cache of one layer under a policy's name ("lru", "window" or "none")."""
+    if policy == "none":
+        return SlidingWindow(num_neurons, num_slots, 0)
     if policy == "window":
         assert window is not None
         return SlidingWindow(num_neurons, num_slots, window)

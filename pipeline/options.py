@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from ..errors import InflashError
 
 FFN_MODES = ("sparse", "hybrid", "naive", "resident")
-POLICIES = ("lru", "window")
+POLICIES = ("lru", "window", "none")
 PREDICTOR_METHODS = ("trained", "weighted-svd", "sign-bits")
 COMPUTE_DTYPES = ("auto", "bfloat16", "float32")
 
@@ -21,7 +21,11 @@ class EngineOptions:
         memory; "none": all of them; otherwise a predictor's name in the store.
       cache_neurons: neurons of each layer kept in memory in "sparse"; a share of d_ff when it is a float up to 1.0, a count otherwise.
       window: tokens whose neurons stay, with policy "window" (the paper uses 4).
-      policy: "lru" keeps the least recently used out; "window" keeps the last `window` tokens' neurons.
+      policy: "lru" keeps the least recently used out; "window" keeps the last `window` tokens' neurons; "none" keeps nothing from one
+        token to the next, for comparisons.
+      prefetch: the look-ahead predictor by whose guess a layer's neurons are read while the layer before is computed. "auto": the store's
+        best one, where `predictor` is one of the store's; "none": nothing is read early.
+      overlap: whether neurons in the cache are computed while the others are being read. Off for comparisons only.
       max_num_seqs: sequences decoded together, B.
       max_model_len: longest sequence in tokens, prompt and output together; None: the model's own limit, 2048 at most.
       compute_dtype: dtype of the operands of products; sums are always float32. "auto": bfloat16 for 16-bit stores.
@@ -37,6 +41,8 @@ class EngineOptions:
     cache_neurons: float | int = 0.25
     window: int | None = None
     policy: str = "lru"
+    prefetch: str = "auto"
+    overlap: bool = True
     max_num_seqs: int = 8
     max_model_len: int | None = None
     compute_dtype: str = "auto"
@@ -50,6 +56,8 @@ class EngineOptions:
         _one_of("ffn", self.ffn, FFN_MODES)
         _one_of("policy", self.policy, POLICIES)
         _one_of("compute_dtype", self.compute_dtype, COMPUTE_DTYPES)
+        if self.merge_gap < 0:
+            raise InflashError(f"merge_gap should be a number of bytes, found {self.merge_gap!r}")
         for name in ("max_num_seqs", "loaders", "queue_depth"):
             _positive(name, getattr(self, name))
         if self.max_model_len is not None:

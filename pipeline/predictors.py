@@ -150,6 +150,26 @@ def choose_predictor(store: Store, requested: str) -> str:
     return requested
 
 
+def choose_prefetch(store: Store, requested: str, predictor: str | None) -> str | None:
+    """The look-ahead predictor's name, or None. "auto" takes the store's best where `predictor` is itself one of the store's.
+
+    Raises:
+      InflashError: there is no such look-ahead predictor.
+    """
+    ahead = [name for name, info in store.predictors.items() if info.ahead]
+    if requested == "none" or predictor is None:
+        return None
+    if requested == "auto":
+        usable = ahead if predictor in store.predictors else []
+        return min(usable, key=lambda name: (*_worth(store.predictors[name]), name), default=None)
+    if requested not in ahead:
+        found = ", ".join(["auto", "none", *ahead])
+        raise InflashError(
+            f"{store.path}: prefetch should be one of {found}; found {requested!r}; make one with inflash train-predictor --look-ahead"
+        )
+    return requested
+
+
 def predictor_bytes(store: Store, name: str, dtype: np.dtype) -> int:
     """Memory that the predictor will hold."""
     config = store.config

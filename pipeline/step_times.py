@@ -18,7 +18,8 @@ class StepTimes:
       steps: decoding steps.
       tokens: tokens that decoding steps made, over all sequences.
       prompt_tokens: tokens of prompts.
-      hits, misses: neurons found in the cache and not, over layers and steps.
+      hits, misses: neurons found in the cache and not, over layers and steps; what a guess has already asked for is a hit.
+      prefetched: neurons that were read because of a guess, over layers and steps.
       neurons: neurons that there are, over the same layers and steps.
       decode_bytes, prompt_bytes: bytes of weights that were asked of the loaders.
     """
@@ -33,6 +34,7 @@ class StepTimes:
     prompt_tokens: int = 0
     hits: int = 0
     misses: int = 0
+    prefetched: int = 0
     neurons: int = 0
     decode_bytes: int = 0
     prompt_bytes: int = 0
@@ -60,6 +62,7 @@ class StepTimes:
             "tokens_per_s": self.tokens / (self.decode_ns / 1e9) if self.decode_ns else 0.0,
             "mib_per_token": self.decode_bytes / 2**20 / max(self.tokens, 1),
             "cache_hit_rate": self.hits / max(self.hits + self.misses, 1),
+            "prefetched_share": self.prefetched / max(self.neurons, 1),
             "predicted_share": (self.hits + self.misses) / max(self.neurons, 1),
             "io_wait_ms": self.io_wait_ns / 1e6 / steps,
             "memory_ms": self.memory_ns / 1e6 / steps,

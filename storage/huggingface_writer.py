@@ -20,7 +20,9 @@ from .store import sync_tree
 INDEX_FILE = "model.safetensors.index.json"
 
 
-def write_huggingface(source: CheckpointSource, destination: Path, *, progress: Callable[[int], object] = lambda written: None) -> None:
+def write_huggingface(
+    source: CheckpointSource, destination: Path, *, progress: Callable[[int], object] = lambda written: None
+) -> None:
     """Writes the OPT checkpoint `destination`, which appears when it is whole; a layer is in memory at a time.
 
     Raises:

@@ -49,6 +49,11 @@ def bundles_path(layer: int) -> str:
     return f"ffn/{layer}/bundles"
 
 
+def rows_path(layer: int, part: int) -> str:
+    """The array [F, 1, D] of one part's rows, in a copy without bundles (`split_rows`)."""
+    return f"{layer}/{part}"
+
+
 def checksums_path(layer: int) -> str:
     return f"ffn/{layer}/checksums"
 

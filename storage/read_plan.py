@@ -45,9 +45,7 @@ class ReadPlan:
         return self.segments[self.first_segments[read] : self.first_segments[read + 1]]
 
 
-def plan_rows(
-    offsets: np.ndarray, addresses: np.ndarray, row_bytes: int, *, merge_gap: int = 0, scratch: int = 0
-) -> ReadPlan:
+def plan_rows(offsets: np.ndarray, addresses: np.ndarray, row_bytes: int, *, merge_gap: int = 0, scratch: int = 0) -> ReadPlan:
     """Reads for bundles whose parts go to rows of their own.
 
     Args:

@@ -141,9 +141,10 @@ class DirectReader:
       file: the layer's shard.
     """
 
-    def __init__(self, store: Path, layer: int, *, verify: bool = False) -> None:
+    def __init__(self, store: Path, layer: int, *, verify: bool = False, path: str | None = None) -> None:
+        """Opens a layer's bundles, or another array of rows below `store` at `path`."""
         self._layer = layer
-        self._array: RawArray = open_raw_array(store / bundles_path(layer))
+        self._array: RawArray = open_raw_array(store / (path or bundles_path(layer)))
         self.file = DirectFile(self._array.file)
         self._num_parts = self._array.shape[1]
         self._row_bytes = self._array.row_bytes // self._num_parts

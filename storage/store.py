@@ -5,11 +5,11 @@ A store is written under a temporary name beside its destination and renamed whe
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -36,6 +36,9 @@ from .model_config import ModelConfig
 from .predictor_layout import PredictorInfo
 from .resident import Piece, load_tensors
 from .shard_index import open_raw_array, write_index
+
+if TYPE_CHECKING:
+    import zarr
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,38 +130,17 @@ class StoreWriter:
         self._predictors: dict[str, Any] = {}
 
     def write_neurons(self, layer: int, blocks: Iterator[np.ndarray]) -> None:
-        """Writes one layer's bundles from blocks [n, P, D] that follow each other; n may vary.
-
-        The shard's bytes are laid down in order by hand: zarr-python would need the whole layer in memory at once. The result is
-        an ordinary shard, which zarr-python reads.
-        """
-        layout = self._bundles
-        array = self._group.create_array(
-            bundles_path(layer),
-            shape=layout.shape,
-            dtype=storage_dtype(self.dtype),
-            chunks=(1, *layout.shape[1:]),
-            shards=layout.shape,
-            compressors=None,
-            filters=None,
-            fill_value=0,
-            config={"write_empty_chunks": True},
-            attributes={"dtype": self.dtype},
-        )
-        shard = self.path / array.path / array.metadata.encode_chunk_key((0, 0, 0))
-        shard.parent.mkdir(parents=True, exist_ok=True)
+        """Writes one layer's bundles from blocks [n, P, D] that follow each other; n may vary."""
         checksums = []
-        with shard.open("wb") as stream:
+
+        def checked() -> Iterator[np.ndarray]:
             for block in blocks:
-                stream.write(np.ascontiguousarray(block).view(np.uint8).data)
                 checksums.append(bundle_checksums(block))
-            if stream.tell() != layout.layer_bytes:
-                raise InflashError(f"layer {layer}: expected {layout.layer_bytes} bytes of neurons, found {stream.tell()}")
-            stream.write(write_index(layout.num_neurons, layout.bundle_bytes))
-            stream.flush()
-            os.fsync(stream.fileno())
+                yield block
+
+        write_bundles(self._group, bundles_path(layer), self._bundles, checked())
         self._write_vector(checksums_path(layer), np.concatenate(checksums))
-        self._write_vector(neuron_order_path(layer), np.arange(layout.num_neurons, dtype=np.int32))
+        self._write_vector(neuron_order_path(layer), np.arange(self._bundles.num_neurons, dtype=np.int32))
 
     def resident_folder(self, layer: int | None) -> Path:
         return self.path / RESIDENT_FOLDER / resident_name(layer)
@@ -197,6 +179,36 @@ class StoreWriter:
             config={"write_empty_chunks": True},
         )
         array[:] = vector
+
+
+def write_bundles(group: "zarr.Group", path: str, layout: BundleLayout, blocks: Iterable[np.ndarray]) -> None:
+    """Writes an array of bundles as one shard, from blocks [n, P, D] that follow each other; n may vary.
+
+    The shard's bytes are laid down in order by hand: zarr-python would need the whole layer in memory at once. The result is an
+    ordinary shard, which zarr-python reads.
+    """
+    array = group.create_array(
+        path,
+        shape=layout.shape,
+        dtype=storage_dtype(layout.dtype),
+        chunks=(1, *layout.shape[1:]),
+        shards=layout.shape,
+        compressors=None,
+        filters=None,
+        fill_value=0,
+        config={"write_empty_chunks": True},
+        attributes={"dtype": layout.dtype},
+    )
+    shard = Path(group.store.root) / array.path / array.metadata.encode_chunk_key((0, 0, 0))
+    shard.parent.mkdir(parents=True, exist_ok=True)
+    with shard.open("wb") as stream:
+        for block in blocks:
+            stream.write(np.ascontiguousarray(block).view(np.uint8).data)
+        if stream.tell() != layout.layer_bytes:
+            raise InflashError(f"{path}: expected {layout.layer_bytes} bytes of neurons, found {stream.tell()}")
+        stream.write(write_index(layout.num_neurons, layout.bundle_bytes))
+        stream.flush()
+        os.fsync(stream.fileno())
 
 
 @contextmanager

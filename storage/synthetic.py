@@ -34,7 +34,7 @@ from .planted import hot_rates, overlap_of_active, rates_to_biases, threshold_fo
 
 DTYPE = "bfloat16"
 NOISE = 0.15
-"""Share of a pre-activation's deviation that no predictor of the planted rank sees: 99 % of the active neurons then cost 1.45 times as many."""
+"""Share of a pre-activation's deviation that no predictor of the planted rank sees: a recall of 99 % then names 1.45 times as many."""
 AHEAD_NOISE = 0.2
 """The same for a guess from the layer before, whose input differs besides."""
 _LAYER_CHANGE = 0.15  # deviation that a layer's neurons add to the residual stream
@@ -113,7 +113,7 @@ class SyntheticSource:
             "first": basis.astype(dtype),
             "second": (seen * mixing).astype(dtype),
             "bias": rates_to_biases(self._layer_rates(layer)),
-            "threshold": np.float32([threshold]),
+            "threshold": np.array([threshold], np.float32),
         }
 
     def close(self) -> None:
@@ -122,9 +122,7 @@ class SyntheticSource:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None, /
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None, /) -> None:
         self.close()
 
     def _random(self, *key: int | str) -> np.random.Generator:
@@ -242,7 +240,9 @@ def _average_width(rates: np.ndarray, persistence: float) -> float:
     low, high = 0.2, _WIDEST
     least, most = reached(low), reached(high)
     if not least <= persistence <= most:
-        raise InflashError(f"--persistence: expected {least:.2f} to {most:.2f} for these shares of active neurons, found {persistence}")
+        raise InflashError(
+            f"--persistence: expected {least:.2f} to {most:.2f} for these shares of active neurons, found {persistence}"
+        )
     for _ in range(40):
         middle = math.sqrt(low * high)
         low, high = (middle, high) if reached(middle) < persistence else (low, middle)

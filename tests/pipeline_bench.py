@@ -16,13 +16,13 @@ NUM_SLOTS = 600
 class Bench:
     """A pool over the slots of one layer, and room for raw bytes."""
 
-    def __init__(self, store: Store, *, loaders: int, threads: int, files: Sequence[Path] = (), verify: bool = False) -> None:
+    def __init__(self, store: Store, *, loaders: int, depth: int, files: Sequence[Path] = (), verify: bool = False) -> None:
         plan = SlabPlan()
         regions = LoaderPool.reserve(plan, loaders, store.config.d_ff)
         self.parts = [plan.reserve(NUM_SLOTS * store.bundles.row_bytes) for _ in range(2)]
         self.bytes_at = plan.reserve(8 << 20)
         self.slab, self.store = Slab(plan.num_bytes), store
-        self.pool = LoaderPool(store, self.slab, regions, threads=threads, files=files, verify=verify)
+        self.pool = LoaderPool(store, self.slab, regions, depth=depth, files=files, verify=verify)
 
     def rows(self, part: int) -> np.ndarray:
         shape = (NUM_SLOTS, self.store.config.d_model)
@@ -36,8 +36,8 @@ class Bench:
 
 
 @contextlib.contextmanager
-def bench(store: Store, *, loaders: int = 2, threads: int = 2, **options) -> Iterator[Bench]:
-    made = Bench(store, loaders=loaders, threads=threads, **options)
+def bench(store: Store, *, loaders: int = 2, depth: int = 2, **options) -> Iterator[Bench]:
+    made = Bench(store, loaders=loaders, depth=depth, **options)
     try:
         yield made
     finally:

@@ -9,16 +9,13 @@ active, as in trained OPT models.
 """
 
 import argparse
-import contextlib
 import json
-import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +27,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from opt_checkpoints import opt_config
 from tiny_models import byte_tokenizer
 
-CGROUP = Path("/sys/fs/cgroup")
+from inflash.tools.memory_group import NoCgroup, memory_group
+
 SHAPES: dict[str, dict[str, int]] = {
     "opt-125m": {"hidden_size": 768, "ffn_dim": 3072, "num_hidden_layers": 12, "num_attention_heads": 12},
     "opt-1.3b": {"hidden_size": 2048, "ffn_dim": 8192, "num_hidden_layers": 24, "num_attention_heads": 32},
@@ -39,61 +37,6 @@ SHAPES: dict[str, dict[str, int]] = {
 ACTIVE_SHIFT = -1.64  # what a normal distribution exceeds 5 % of the time, from above
 NUM_PROMPTS = 4
 TRAINING_TOKENS = 16 * 255  # whole windows
-
-
-class NoCgroup(Exception):
-    """Why no memory cgroup can be made here."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MemoryGroup:
-    """A cgroup with a limit; either version."""
-
-    folder: Path
-    version: int
-
-    def run(self, command: Sequence[str], **options: Any) -> subprocess.CompletedProcess:
-        """Runs a command in the group, every process that it starts included."""
-        joining = 'echo $$ > "$0" && exec "$@"'
-        return subprocess.run(
-            ["sh", "-c", joining, str(self.folder / "cgroup.procs"), *command], text=True, check=False, **options
-        )
-
-    def peak_bytes(self) -> int | None:
-        """The most memory that was in use; None where the kernel does not keep it."""
-        file = self.folder / ("memory.max_usage_in_bytes" if self.version == 1 else "memory.peak")
-        return int(file.read_text()) if file.exists() else None
-
-
-@contextlib.contextmanager
-def memory_group(limit: int) -> Iterator[MemoryGroup]:
-    """A new group with a limit in bytes, removed afterwards.
-
-    Raises:
-      NoCgroup: not root, or no controller that could be used.
-    """
-    if os.geteuid() != 0:
-        raise NoCgroup("only root may make cgroups")
-    version = 1 if (CGROUP / "memory").is_dir() else 2
-    parent = CGROUP / "memory" if version == 1 else CGROUP
-    folder = parent / f"inflash-test-{os.getpid()}"
-    limits = {1: ("memory.limit_in_bytes", "memory.swappiness"), 2: ("memory.max", "memory.swap.max")}[version]
-    try:
-        if version == 2 and "memory" not in (CGROUP / "cgroup.subtree_control").read_text().split():
-            (CGROUP / "cgroup.subtree_control").write_text("+memory")
-        folder.mkdir()
-    except OSError as error:
-        raise NoCgroup(f"no group below {parent}: {error.strerror}") from error
-    try:
-        try:
-            (folder / limits[0]).write_text(str(limit))
-            if (folder / limits[1]).exists():
-                (folder / limits[1]).write_text("0")  # swap would be memory by another name
-        except OSError as error:
-            raise NoCgroup(f"{folder}: no limit can be set: {error.strerror}") from error
-        yield MemoryGroup(folder=folder, version=version)
-    finally:
-        folder.rmdir()
 
 
 def write_checkpoint(folder: Path, shape: dict[str, int]) -> int:

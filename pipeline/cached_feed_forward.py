@@ -1,0 +1,168 @@
+"""The paper's way through a layer's neurons: predicted ones only, out of a cache that loaders fill.
+
+Axes: T tokens of a tile, D d_model, F d_ff, S slots, K padded neurons.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ..kernels.compilation import jit
+from ..kernels.sparse_ffn import gathered_ffn
+from ..storage.store import Store
+from .feed_forward import Tile
+from .fixed_shapes import SMALLEST_GATHER, doublings, fitting, padded
+from .loader_pool import LoaderPool, Ticket
+from .neuron_cache import Placement, make_cache
+from .neuron_rows import NeuronRows
+from .options import EngineOptions
+from .slab import Slab, SlabPlan
+from .step_times import StepTimes
+from .weights import on_device
+
+IdsAndSlots = tuple[np.ndarray, np.ndarray]
+"""Neurons [n] int32 and the slots that they are in [n] int32."""
+
+_gathered = jit(gathered_ffn, static_argnames=("compute_dtype",))
+_needed = jit(lambda predicted, active: (predicted & active[:, None], jnp.any(predicted & active[:, None], axis=0)))
+
+
+@dataclass(frozen=True, slots=True)
+class _Prefetch:
+    """Neurons on their way because of a guess."""
+
+    ticket: Ticket
+    neuron_ids: np.ndarray  # [m] int32
+    slots: np.ndarray  # [m] int32
+
+
+class CachedFeedForward:
+    """Predicted neurons, those in the cache computed while the others are being read. See `FeedForward`."""
+
+    def __init__(
+        self, store: Store, plan: SlabPlan, up_bias: Sequence[np.ndarray], compute: np.dtype, options: EngineOptions
+    ) -> None:
+        config = store.config
+        self._compute, self._times, self._d_ff, self._overlap = compute, StepTimes(), config.d_ff, options.overlap
+        self._num_slots = options.cache_slots(config.d_ff)
+        self._gather_sizes = doublings(SMALLEST_GATHER, self._num_slots)
+        self._layers = [NeuronRows(plan, store.bundles, self._num_slots) for _ in range(config.num_layers)]
+        self._caches = [
+            make_cache(config.d_ff, self._num_slots, options.policy, options.window) for _ in range(config.num_layers)
+        ]
+        self._prefetches: list[_Prefetch | None] = [None] * config.num_layers
+        self._on_the_way = np.zeros(self._num_slots, bool)  # scratch, all False between calls
+        self._bias = [on_device(bias) for bias in up_bias]
+
+    def bind(self, slab: Slab, pool: LoaderPool) -> None:
+        self._pool = pool
+        for rows in self._layers:
+            rows.bind(slab)
+
+    def observe(self, times: StepTimes) -> None:
+        """Counts hits, misses and memory management into `times` from now on."""
+        self._times = times
+
+    def add_neurons(self, layer: int, tiles: Sequence[Tile]) -> list[jax.Array]:
+        (tile,) = tiles  # decoding steps are one tile
+        assert tile.predicted is not None
+        predicted, needed = _needed(tile.predicted, tile.active)
+        guessed = None if tile.guessed is None else _needed(tile.guessed, tile.active)[1]
+        neuron_ids = np.flatnonzero(np.asarray(needed)).astype(np.int32)
+        if self._prefetches[layer] is None:
+            self._caches[layer].begin_token()
+        self._times.neurons += self._d_ff
+        total = tile.residual
+        # Nearly always one turn; a token that needs more neurons than there are slots takes several.
+        for start in range(0, max(len(neuron_ids), 1), self._num_slots):
+            if start:
+                total.block_until_ready()  # the slots are about to be overwritten
+            some = neuron_ids[start : start + self._num_slots]
+            total = self._add_turn(layer, some, total, tile.ffn_in, predicted, guessed if start == 0 else None)
+        return [total]
+
+    def _add_turn(
+        self,
+        layer: int,
+        neuron_ids: np.ndarray,
+        total: jax.Array,
+        ffn_in: jax.Array,
+        predicted: jax.Array,
+        guessed: jax.Array | None,
+    ) -> jax.Array:
+        with self._times.managing_memory():
+            placement = self._caches[layer].place(neuron_ids)
+            prefetch = self._take_prefetch(layer, placement)
+            ticket = self._ask(layer, placement)
+            ready, late = self._split(placement, prefetch)
+            self._times.count(hits=len(placement.hit_ids), misses=len(placement.miss_ids))
+        if self._overlap:
+            total = self._gather(layer, *ready, total, ffn_in, predicted)
+        if guessed is not None:
+            self._prefetch(layer + 1, guessed)
+        self._pool.wait(ticket if prefetch is None else (*prefetch.ticket, *ticket))
+        if self._overlap:
+            return self._gather(layer, *late, total, ffn_in, predicted)
+        ids, slots = (np.concatenate(parts) for parts in zip(ready, late, strict=True))
+        return self._gather(layer, ids, slots, total, ffn_in, predicted)
+
+    def _prefetch(self, layer: int, guessed: jax.Array) -> None:
+        """Asks for neurons [F] bool that a layer yet to come will likely need, as far as half the cache holds them."""
+        neuron_ids = np.flatnonzero(np.asarray(guessed)).astype(np.int32)[: self._num_slots // 2]
+        with self._times.managing_memory():
+            self._caches[layer].begin_token()
+            placement = self._caches[layer].place(neuron_ids)
+            self._times.prefetched += len(placement.miss_ids)
+            self._prefetches[layer] = _Prefetch(self._ask(layer, placement), placement.miss_ids, placement.miss_slots)
+
+    def _take_prefetch(self, layer: int, placement: Placement) -> _Prefetch | None:
+        """What was asked for early and has not arrived; afterwards nothing is on its way to the slots of the misses."""
+        prefetch, self._prefetches[layer] = self._prefetches[layer], None
+        if prefetch is None or self._pool.finished(prefetch.ticket):
+            return None
+        if np.isin(placement.miss_slots, prefetch.slots).any():  # a wrong guess has lost its slot to a miss already
+            self._pool.wait(prefetch.ticket)
+            return None
+        return prefetch
+
+    def _ask(self, layer: int, placement: Placement) -> Ticket:
+        return self._pool.scatter(layer, placement.miss_ids, placement.miss_slots, self._layers[layer].offsets)
+
+    def _split(self, placement: Placement, prefetch: _Prefetch | None) -> tuple[IdsAndSlots, IdsAndSlots]:
+        """The neurons that can be computed now, and those that have to arrive first."""
+        ids, slots = placement.hit_ids, placement.hit_slots
+        if prefetch is None:
+            return (ids, slots), (placement.miss_ids, placement.miss_slots)
+        self._on_the_way[prefetch.slots] = True
+        late = self._on_the_way[slots]
+        self._on_the_way[prefetch.slots] = False
+        late_ids = np.concatenate((ids[late], placement.miss_ids))
+        return (ids[~late], slots[~late]), (late_ids, np.concatenate((slots[late], placement.miss_slots)))
+
+    def _gather(self, layer: int, neuron_ids, slots, total, ffn_in, predicted) -> jax.Array:
+        if not len(neuron_ids):
+            return total
+        size = fitting(len(neuron_ids), self._gather_sizes)
+        rows = self._layers[layer]
+        return _gathered(
+            total,
+            ffn_in,
+            rows.up,
+            rows.down,
+            self._bias[layer],
+            predicted,
+            padded(slots, size),
+            padded(neuron_ids, size),
+            np.int32(len(neuron_ids)),
+            compute_dtype=self._compute,
+        )
+
+    def warm_up(self, tile: Tile) -> None:
+        assert tile.predicted is not None
+        predicted, _ = _needed(tile.predicted, tile.active)
+        for size in self._gather_sizes:
+            some = np.zeros(size, np.int32)
+            self._gather(0, some, some, tile.residual, tile.ffn_in, predicted)

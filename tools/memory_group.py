@@ -1,0 +1,66 @@
+"""Memory limits that are real: a cgroup of its own for a command and all that it starts, page cache and shared memory counted."""
+
+import contextlib
+import os
+import subprocess
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+CGROUP = Path("/sys/fs/cgroup")
+
+
+class NoCgroup(Exception):
+    """Why no memory cgroup can be made here."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryGroup:
+    """A cgroup with a limit; either version."""
+
+    folder: Path
+    version: int
+
+    def run(self, command: Sequence[str], **options: Any) -> subprocess.CompletedProcess:
+        """Runs a command in the group, every process that it starts included."""
+        joining = 'echo $$ > "$0" && exec "$@"'
+        return subprocess.run(
+            ["sh", "-c", joining, str(self.folder / "cgroup.procs"), *command], text=True, check=False, **options
+        )
+
+    def peak_bytes(self) -> int | None:
+        """The most memory that was in use; None where the kernel does not keep it."""
+        file = self.folder / ("memory.max_usage_in_bytes" if self.version == 1 else "memory.peak")
+        return int(file.read_text()) if file.exists() else None
+
+
+@contextlib.contextmanager
+def memory_group(limit: int) -> Iterator[MemoryGroup]:
+    """A new group with a limit in bytes, removed afterwards.
+
+    Raises:
+      NoCgroup: not root, or no controller that could be used.
+    """
+    if os.geteuid() != 0:
+        raise NoCgroup("only root may make cgroups")
+    version = 1 if (CGROUP / "memory").is_dir() else 2
+    parent = CGROUP / "memory" if version == 1 else CGROUP
+    folder = parent / f"inflash-{os.getpid()}"
+    limits = {1: ("memory.limit_in_bytes", "memory.swappiness"), 2: ("memory.max", "memory.swap.max")}[version]
+    try:
+        if version == 2 and "memory" not in (CGROUP / "cgroup.subtree_control").read_text().split():
+            (CGROUP / "cgroup.subtree_control").write_text("+memory")
+        folder.mkdir()
+    except OSError as error:
+        raise NoCgroup(f"no group below {parent}: {error.strerror}") from error
+    try:
+        try:
+            (folder / limits[0]).write_text(str(limit))
+            if (folder / limits[1]).exists():
+                (folder / limits[1]).write_text("0")  # swap would be memory by another name
+        except OSError as error:
+            raise NoCgroup(f"{folder}: no limit can be set: {error.strerror}") from error
+        yield MemoryGroup(folder=folder, version=version)
+    finally:
+        folder.rmdir()
