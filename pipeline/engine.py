@@ -22,17 +22,16 @@ from ..storage.readers import DirectReader
 from ..storage.store import Store
 from .cached_feed_forward import CachedFeedForward
 from .feed_forward import (
-    STREAM_BLOCK_BYTES,
-    STREAM_BUFFERS,
     FeedForward,
     ResidentFeedForward,
     StreamedFeedForward,
     Tile,
 )
 from .fixed_shapes import CHUNK_SIZES, SMALLEST_CAPACITY, Chunk, capacity_for, doublings, fitting, split_prompt
-from .host_memory import check_fits, program_bytes
+from .host_memory import check_fits
 from .loader_pool import LoaderPool
-from .matrix_source import STREAMED_NAMES, MatrixSource, ResidentMatrices, StreamedMatrices
+from .matrix_source import MatrixSource, ResidentMatrices, StreamedMatrices
+from .memory_parts import kv_cache_bytes, memory_parts, skipped_names
 from .neuron_rows import NeuronRows
 from .options import EngineOptions
 from .predictors import (
@@ -42,11 +41,10 @@ from .predictors import (
     StoredPredictor,
     choose_predictor,
     choose_prefetch,
-    predictor_bytes,
 )
 from .slab import Slab, SlabPlan
 from .step_times import StepTimes
-from .weights import compute_dtype, load_weights, loaded_bytes, zeros
+from .weights import compute_dtype, load_weights, zeros
 
 _attention_decode = jit(attention_decode, static_argnames=("shape", "num_positions"), donate_argnames=("keys", "values"))
 _attention_chunk = jit(attention_chunk, static_argnames=("shape", "num_positions"), donate_argnames=("keys", "values"))
@@ -89,32 +87,10 @@ class Engine:
         )
         self.predictor_name = choose_predictor(store, options.predictor) if options.ffn == "sparse" else None
         self.prefetch_name = choose_prefetch(store, options.prefetch, self.predictor_name)
-        skip = STREAMED_NAMES if options.ffn == "naive" else frozenset()
-        self._check_memory(skip)
-        self.weights = load_weights(store, self.compute, skip, verify=options.verify)
+        self._memory_parts = memory_parts(store, options)
+        check_fits(self._memory_parts, "use --ffn hybrid, a smaller --cache-neurons, or a machine with more memory")
+        self.weights = load_weights(store, self.compute, skipped_names(options), verify=options.verify)
         self._open()
-
-    def _check_memory(self, skip: frozenset[str]) -> None:
-        config, options, bundles = self.config, self.options, self.store.bundles
-        slots = {"sparse": options.cache_slots(config.d_ff), "resident": config.d_ff}.get(options.ffn, 0)
-        advice = "use --ffn hybrid, a smaller --cache-neurons, or a machine with more memory"
-        self._memory_parts = {
-            "attention and embeddings": loaded_bytes(self.store, self.compute, skip),
-            "neurons": slots * bundles.bundle_bytes * config.num_layers,
-            "buffers": self._buffer_bytes(),
-            "predictor": sum(
-                predictor_bytes(self.store, name or "none", self.compute) for name in (self.predictor_name, self.prefetch_name)
-            ),
-            "program": program_bytes(options.loaders),
-        }
-        check_fits(self._memory_parts, advice)
-
-    def _buffer_bytes(self) -> int:
-        """What weights stream through: blocks of neurons but in resident mode, and two layers' attention in naive mode."""
-        config, bundles = self.config, self.store.bundles
-        blocks = 0 if self.options.ffn == "resident" else STREAM_BUFFERS * min(STREAM_BLOCK_BYTES, bundles.layer_bytes)
-        attention = 2 * 4 * config.d_model * bundles.row_bytes if self.options.ffn == "naive" else 0
-        return blocks + attention
 
     def _open(self) -> None:
         options, plan = self.options, SlabPlan()
@@ -192,7 +168,7 @@ class Engine:
             return
         self._keys, self._values, self.num_seqs, self.capacity = [], [], 0, 0  # should what follows be refused
         shape = (num_seqs, self.config.num_heads, capacity, self.config.head_dim)
-        kv_bytes = 2 * self.config.num_layers * int(np.prod(shape)) * 4
+        kv_bytes = kv_cache_bytes(self.store, num_seqs, max_length)
         check_fits({f"KV cache of {num_seqs} x {capacity} tokens": kv_bytes}, "use a smaller --max-num-seqs or --max-model-len")
         self._keys = [zeros(shape) for _ in range(self.config.num_layers)]
         self._values = [zeros(shape) for _ in range(self.config.num_layers)]

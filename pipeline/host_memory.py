@@ -27,8 +27,10 @@ def available_bytes() -> int:
     return free
 
 
-def program_bytes(loaders: int) -> int:
-    """What the engine's program and its loaders will still take beyond what this process holds now."""
+def program_bytes(loaders: int, *, from_nothing: bool = False) -> int:
+    """What the engine's program and its loaders will still take beyond what this process holds now, or a new one."""
+    if from_nothing:
+        return ENGINE_BYTES + loaders * LOADER_BYTES
     resident_pages = int(Path("/proc/self/statm").read_text().split()[1])
     return max(ENGINE_BYTES - resident_pages * os.sysconf("SC_PAGE_SIZE"), 0) + loaders * LOADER_BYTES
 

@@ -40,7 +40,7 @@ def split_rows(store: Store, folder: Path, progress: Callable[[int], object] = l
         layout = replace(store.bundles, num_parts=1)
         for layer in range(store.config.num_layers):
             for part in range(store.bundles.num_parts):
-                write_bundles(group, rows_path(layer, part), layout, _rows(store, layer, part, progress))
+                write_bundles(folder, group, rows_path(layer, part), layout, _rows(store, layer, part, progress))
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -52,6 +52,11 @@ class Store:
     predictors: dict[str, PredictorInfo]
 
     @property
+    def num_bytes(self) -> int:
+        """Bytes of the model's weights, without predictors."""
+        return resident_bytes(self.config, self.dtype) + neuron_bytes(self.config, self.dtype)
+
+    @property
     def bundles(self) -> BundleLayout:
         return BundleLayout.of(self.config, self.dtype)
 
@@ -138,7 +143,7 @@ class StoreWriter:
                 checksums.append(bundle_checksums(block))
                 yield block
 
-        write_bundles(self._group, bundles_path(layer), self._bundles, checked())
+        write_bundles(self.path, self._group, bundles_path(layer), self._bundles, checked())
         self._write_vector(checksums_path(layer), np.concatenate(checksums))
         self._write_vector(neuron_order_path(layer), np.arange(self._bundles.num_neurons, dtype=np.int32))
 
@@ -181,8 +186,8 @@ class StoreWriter:
         array[:] = vector
 
 
-def write_bundles(group: "zarr.Group", path: str, layout: BundleLayout, blocks: Iterable[np.ndarray]) -> None:
-    """Writes an array of bundles as one shard, from blocks [n, P, D] that follow each other; n may vary.
+def write_bundles(folder: Path, group: "zarr.Group", path: str, layout: BundleLayout, blocks: Iterable[np.ndarray]) -> None:
+    """Writes an array of bundles as one shard into the group that is in `folder`, from blocks [n, P, D] that follow each other; n may vary.
 
     The shard's bytes are laid down in order by hand: zarr-python would need the whole layer in memory at once. The result is an
     ordinary shard, which zarr-python reads.
@@ -199,7 +204,7 @@ def write_bundles(group: "zarr.Group", path: str, layout: BundleLayout, blocks: 
         config={"write_empty_chunks": True},
         attributes={"dtype": layout.dtype},
     )
-    shard = Path(group.store.root) / array.path / array.metadata.encode_chunk_key((0, 0, 0))
+    shard = folder / array.path / array.metadata.encode_chunk_key((0, 0, 0))
     shard.parent.mkdir(parents=True, exist_ok=True)
     with shard.open("wb") as stream:
         for block in blocks:

@@ -12,7 +12,7 @@ import numpy as np
 from opt_checkpoints import write_opt_checkpoint
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from inflash.storage.checkpoint import open_source
+from inflash.storage.checkpoint import CheckpointSource, open_source
 from inflash.storage.convert import convert
 from inflash.storage.layout import DTYPES
 from inflash.storage.model_config import ModelConfig
@@ -64,10 +64,14 @@ def write_neurons(
 
 def convert_quietly(source: Path, destination: Path, **options: Any) -> Store:
     """Converts; tiny rows are checked through the page cache, which is no news here."""
+    with open_source(source) as checkpoint:
+        return convert_quietly_from(checkpoint, destination, **options)
+
+
+def convert_quietly_from(source: CheckpointSource, destination: Path, **options: Any) -> Store:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*direct I/O is refused", category=RuntimeWarning)
-        with open_source(source) as checkpoint:
-            return convert(checkpoint, destination, **options)
+        return convert(source, destination, **options)
 
 
 def make_store(folder: Path, *, tokenizer: bool = False, predictor_rank: int | None = None, **checkpoint: Any) -> Store:

@@ -24,10 +24,11 @@ class MemoryGroup:
 
     def run(self, command: Sequence[str], **options: Any) -> subprocess.CompletedProcess:
         """Runs a command in the group, every process that it starts included."""
-        joining = 'echo $$ > "$0" && exec "$@"'
-        return subprocess.run(
-            ["sh", "-c", joining, str(self.folder / "cgroup.procs"), *command], text=True, check=False, **options
-        )
+        return subprocess.run(self.wrap(command), text=True, check=False, **options)
+
+    def wrap(self, command: Sequence[str]) -> list[str]:
+        """The command that joins the group before it becomes the given one."""
+        return ["sh", "-c", 'echo $$ > "$0" && exec "$@"', str(self.folder / "cgroup.procs"), *command]
 
     def peak_bytes(self) -> int | None:
         """The most memory that was in use; None where the kernel does not keep it."""

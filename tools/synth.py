@@ -9,6 +9,7 @@ from ..errors import InflashError
 from .progress import bytes_bar
 
 if TYPE_CHECKING:
+    from ..storage.convert import GivenPredictor
     from ..storage.model_config import ModelConfig
     from ..storage.synthetic import SyntheticSource
 
@@ -35,19 +36,30 @@ def run(arguments: argparse.Namespace) -> int:
     sample.write_text(sample_text(config.vocab_size, _SAMPLE_WORDS, arguments.seed), encoding="utf-8")
     what = "Hugging Face checkpoint" if arguments.hf else "store"
     print(f"{arguments.destination}: a {what} in the shape of {name}, {total / 2**20:.1f} MiB; its text means nothing")
-    advice = f"inflash convert {arguments.destination} DST" if arguments.hf else f"inflash eval {arguments.destination} --text {sample}"
+    advice = (
+        f"inflash convert {arguments.destination} DST"
+        if arguments.hf
+        else f"inflash eval {arguments.destination} --text {sample}"
+    )
     print(f"next: {advice}")
     return 0
 
 
 def _write(source: "SyntheticSource", arguments: argparse.Namespace, progress) -> None:
-    from ..storage.convert import GivenPredictor, convert
+    from ..storage.convert import convert
     from ..storage.huggingface_writer import write_huggingface
-    from ..storage.predictor_layout import LOW_RANK, PredictorInfo
 
     if arguments.hf:
         write_huggingface(source, arguments.destination, progress=progress)
-        return
+    else:
+        convert(source, arguments.destination, predictor_rank=0, predictors=planted_predictors(source), progress=progress)
+
+
+def planted_predictors(source: "SyntheticSource") -> "list[GivenPredictor]":
+    """The predictors that a synthetic store comes with: of each layer's own neurons, and of those of the layer to come."""
+    from ..storage.convert import GivenPredictor
+    from ..storage.predictor_layout import LOW_RANK, PredictorInfo
+
     ranks = (source.planting.rank,) * source.config.num_layers
 
     def planted(name: str, ahead: int, recall: float) -> GivenPredictor:
@@ -56,8 +68,7 @@ def _write(source: "SyntheticSource", arguments: argparse.Namespace, progress) -
             name=name, info=info, tensors=lambda layer: source.predictor_tensors(layer, recall=recall, ahead=bool(ahead))
         )
 
-    predictors = [planted(PREDICTOR, 0, _RECALL), planted(AHEAD, 1, _AHEAD_RECALL)]
-    convert(source, arguments.destination, predictor_rank=0, predictors=predictors, progress=progress)
+    return [planted(PREDICTOR, 0, _RECALL), planted(AHEAD, 1, _AHEAD_RECALL)]
 
 
 def _config(like: str) -> tuple[str, "ModelConfig"]:

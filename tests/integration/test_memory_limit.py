@@ -9,14 +9,13 @@ from integration.memory_limit import (
     DEFAULT_FLAGS,
     SHAPES,
     TRAINING_TOKENS,
-    MemoryGroup,
-    NoCgroup,
     check,
     check_training,
     inflash,
-    memory_group,
 )
 from tiny_models import make_store
+
+from inflash.tools.memory_group import MemoryGroup, NoCgroup, memory_group
 
 pytestmark = pytest.mark.integration
 

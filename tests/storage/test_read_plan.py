@@ -1,5 +1,7 @@
 """Plans against a model in plain Python: every row is filled once, from its place, with as few reads as allowed. n neurons, P parts."""
 
+from itertools import pairwise
+
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -38,7 +40,7 @@ def test_every_row_is_filled_once_and_gaps_go_to_scratch(data: st.DataObject) ->
         int(addresses[n, part]): place * stride + part * row_bytes for n, place in enumerate(places) for part in range(num_parts)
     }
     assert filled == expected
-    breaks = sum(not 0 <= after - before - 1 <= merge_gap // stride for before, after in zip(places, places[1:], strict=False))
+    breaks = sum(not 0 <= after - before - 1 <= merge_gap // stride for before, after in pairwise(places))
     most = max(1, MOST_BYTES // (stride + merge_gap))
     assert breaks + 1 <= len(plan) <= breaks + 1 + len(places) // most
 

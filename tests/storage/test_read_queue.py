@@ -79,7 +79,7 @@ def test_waiting_ends_when_nothing_comes(open_queue) -> None:
 
 
 def test_errors_and_ends_of_files_come_as_results(open_queue, file, tmp_path: Path) -> None:
-    descriptor, content = file
+    descriptor, _ = file
     rows = np.zeros((PARTS, 1, ROW_BYTES), np.uint8)
     plan, queue = planned(np.array([COUNT - 1]), rows), open_queue(4)
     writing = os.open(tmp_path / "other", os.O_WRONLY | os.O_CREAT)
