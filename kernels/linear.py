@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from .native import native_linear, serves
 from .row_products import FEW_ROWS, dot_rows, rounded
 
 _FEWEST_OUTPUTS = 16  # below, splitting the weight's rows into spans gains nothing
@@ -26,6 +27,8 @@ def linear(
     """
     dtype = weight.dtype if compute_dtype is None else compute_dtype
     num_outputs = weight.shape[0]
+    if serves(x.shape[0], dtype, weight):
+        return native_linear(x, weight, bias)
     if x.shape[0] <= FEW_ROWS and num_outputs >= _FEWEST_OUTPUTS:
         product = dot_rows(rounded(x, dtype), lambda start, stop: weight[start:stop].astype(dtype), num_outputs)
     else:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from .linear import linear
+from .native import native_ffn, serves
 from .row_products import FEW_ROWS, MIXED_VECTORS, Rows, dot_rows, mix_rows, rounded
 
 _ROWS_TOGETHER = 16  # rows are added in two halves of groups of eight; odd counts would be slow
@@ -36,6 +37,8 @@ def gathered_ffn(
     Args:
       compute_dtype: precision of the operands; rows of another dtype are converted after the gather. Sums are float32.
     """
+    if serves(x.shape[0], compute_dtype, up_slots, down_slots) and slots.shape[0]:
+        return native_ffn(accumulator, x, up_slots, down_slots, up_bias, predicted, count, (slots, neuron_ids))
     padding = (0, -slots.shape[0] % _ROWS_TOGETHER)
     slots, neuron_ids = jnp.pad(slots, padding), jnp.pad(neuron_ids, padding)
     real = jnp.arange(slots.shape[0]) < count
@@ -61,6 +64,8 @@ def block_ffn(
 
     A Python int for `count` that equals n (the dense feed-forward block) spares many-token calls a copy of the block.
     """
+    if serves(x.shape[0], compute_dtype, up, down):
+        return native_ffn(accumulator, x, up, down, up_bias, predicted, count)
     num_rows = up.shape[0]
     if isinstance(count, int) and count == num_rows and x.shape[0] > FEW_ROWS:
         keep = jnp.ones((1, 1), bool) if predicted is None else predicted

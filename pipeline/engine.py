@@ -20,6 +20,7 @@ from ..kernels.compilation import jit
 from ..kernels.decoder_layer import LayerShape, after_ffn, attention_chunk, attention_decode
 from ..storage.readers import DirectReader
 from ..storage.store import Store
+from . import native_library
 from .cached_feed_forward import CachedFeedForward
 from .feed_forward import (
     FeedForward,
@@ -74,6 +75,7 @@ class Engine:
         Raises:
           InflashError: the options do not fit the store, or memory is too small for them; nothing was started then.
         """
+        native_library.choose()  # before anything is traced
         self.store, self.config, self.options = store, store.config, options
         self.times = StepTimes()
         self.num_seqs = self.capacity = 0

@@ -42,6 +42,7 @@ _ATTENTION_CHANGE = 0.3  # the same for attention, before its average over many 
 _TOKEN_SCALE = 0.1  # a token's own embedding beside the moving average
 _SHARPNESS = 40.0  # the score at distance 0; what far tokens get by chance stays exp(-20) below
 _LOGIT_SCALE = 0.3  # deviation of either part of the logits
+_PERSISTENCE = 0.25  # a window of four tokens then reads about what the paper's did: 2.4 % of the neurons
 _BLOCK = 256  # neurons whose noise is drawn together
 _WIDEST = 200.0  # tokens
 
@@ -53,13 +54,13 @@ class Planting:
     Attributes:
       active: share of a layer's neurons that an average token activates.
       rank: R.
-      persistence: share of a token's active neurons that were active for the token before.
+      persistence: share of a token's active neurons that were active for the token before; None: 0.25, or the least that can be.
       seed: two sources with the same are the same.
     """
 
     active: float = 0.033
     rank: int = 128
-    persistence: float = 0.25
+    persistence: float | None = None
     seed: int = 0
 
 
@@ -230,7 +231,7 @@ def _white(rng: np.random.Generator, shape: tuple[int, ...], deviation: float) -
     return values
 
 
-def _average_width(rates: np.ndarray, persistence: float) -> float:
+def _average_width(rates: np.ndarray, persistence: float | None) -> float:
     """Deviation in tokens of the moving average whose tokens share so many active neurons."""
 
     def reached(width: float) -> float:
@@ -239,6 +240,8 @@ def _average_width(rates: np.ndarray, persistence: float) -> float:
 
     low, high = 0.2, _WIDEST
     least, most = reached(low), reached(high)
+    if persistence is None:
+        persistence = max(_PERSISTENCE, least)
     if not least <= persistence <= most:
         raise InflashError(
             f"--persistence: expected {least:.2f} to {most:.2f} for these shares of active neurons, found {persistence}"

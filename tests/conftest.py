@@ -19,6 +19,8 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
+os.environ["INFLASH_KERNELS"] = "xla"  # whatever the user has built; commands that tests run inherit it
+
 import jax
 
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -183,6 +183,9 @@ def test_the_wheel_holds_only_inflash(tmp_path: Path) -> None:
     (wheel,) = tmp_path.glob("inflash-*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
     product = {f"inflash/{path.relative_to(ROOT)}" for path in PRODUCT}
-    data = {f"inflash/{path.relative_to(ROOT)}" for path in (ROOT / "tools" / "embedded").glob("*")} | {"inflash/py.typed"}
+    data = {f"inflash/{path.relative_to(ROOT)}" for path in (ROOT / "tools" / "embedded").glob("*")} | {
+        "inflash/py.typed",
+        "inflash/kernels/native.cc",
+    }
     assert {name for name in names if ".dist-info/" not in name} == product | data
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)

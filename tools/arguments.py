@@ -58,6 +58,15 @@ ENGINE_FLAGS: dict[str, dict[str, Any]] = {
         "metavar": "TOKENS",
         "help": "tokens whose neurons stay, with --policy window; the paper uses 4",
     },
+    "prefetch": {
+        "metavar": "NAME",
+        "help": "look-ahead predictor by whose guess neurons are read while the layer before is computed: auto (the store's best), none, "
+        "or one that `inflash info` lists (default: %(default)s)",
+    },
+    "overlap": {
+        "action": argparse.BooleanOptionalAction,
+        "help": "compute the neurons in memory while the others are being read; off for comparisons (default: on)",
+    },
     "max_num_seqs": {
         "type": int,
         "metavar": "N",
@@ -77,10 +86,15 @@ ENGINE_FLAGS: dict[str, dict[str, Any]] = {
         "metavar": "N",
         "help": "processes that read neurons (default: %(default)s)",
     },
-    "loader_threads": {
+    "queue_depth": {
         "type": int,
         "metavar": "N",
-        "help": "reading threads of each loader; more keep a disk with deep queues busier (default: %(default)s)",
+        "help": "reads that each loader keeps under way (default: %(default)s)",
+    },
+    "merge_gap": {
+        "type": int,
+        "metavar": "BYTES",
+        "help": "neurons at most so far apart on flash are read together, with what lies between (default: %(default)s)",
     },
     "seed": {
         "type": int,
@@ -200,6 +214,34 @@ def add_convert(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_synth(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("destination", type=Path, metavar="DST", help="the store to make; it must not be there yet")
+    parser.add_argument(
+        "--like",
+        required=True,
+        metavar="SHAPE",
+        help="opt-125m, opt-1.3b, opt-2.7b, opt-6.7b, opt-13b, opt-30b, opt-66b, or a config.json",
+    )
+    parser.add_argument(
+        "--active",
+        type=float,
+        default=0.033,
+        metavar="SHARE",
+        help="of a layer's neurons that a token activates (0.033, as in OPT-6.7B)",
+    )
+    parser.add_argument("--rank", type=int, default=128, metavar="R", help="at which a predictor can tell them (128)")
+    parser.add_argument(
+        "--persistence",
+        type=float,
+        metavar="SHARE",
+        help="of a token's active neurons that were active at the token before (0.25: a window of four reads about what the paper's did)",
+    )
+    parser.add_argument(
+        "--hf", action="store_true", help="write a Hugging Face checkpoint rather than a store; it has no predictor"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="the same seed makes the same model (0)")
+
+
 def add_info(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     add_json(parser)
@@ -249,11 +291,11 @@ def add_bench_io(parser: argparse.ArgumentParser) -> None:
         "--loaders", type=int, default=EngineOptions().loaders, metavar="N", help="loader processes (default: %(default)s)"
     )
     parser.add_argument(
-        "--loader-threads",
+        "--queue-depth",
         type=int,
-        default=EngineOptions().loader_threads,
+        default=EngineOptions().queue_depth,
         metavar="N",
-        help="reading threads of each loader (default: %(default)s)",
+        help="reads that each loader keeps under way (default: %(default)s)",
     )
 
 
@@ -267,6 +309,70 @@ def add_bench_kernels(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seconds", type=float, default=1.0, metavar="S", help="length of each measurement (default: %(default)s)"
     )
+
+
+def token_counts(text: str) -> list[int]:
+    """`128,512` is [128, 512]; counts may be 0."""
+    parts = text.split(",")
+    if not all(part.isascii() and part.isdigit() for part in parts):
+        raise argparse.ArgumentTypeError(
+            f"expected numbers of tokens from 0 up, separated by commas like 128,512; found {text!r}"
+        )
+    return [int(part) for part in parts]
+
+
+def prompt_and_generated(text: str) -> tuple[int, int]:
+    """`512,128` is a prompt of 512 tokens and 128 generated ones."""
+    counts = text.split(",")
+    if len(counts) != 2 or not all(part.isascii() and part.isdigit() and int(part) for part in counts):
+        raise argparse.ArgumentTypeError(
+            f"expected two numbers of tokens from 1 up, of the prompt and generated, like 512,128; found {text!r}"
+        )
+    return int(counts[0]), int(counts[1])
+
+
+def repetitions(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and int(text)):
+        raise argparse.ArgumentTypeError(f"expected a number of repetitions from 1 up, found {text!r}")
+    return int(text)
+
+
+def add_bench_llm(parser: argparse.ArgumentParser) -> None:
+    add_model(parser)
+    parser.add_argument(
+        "-p",
+        "--n-prompt",
+        type=token_counts,
+        action="extend",
+        metavar="N,...",
+        help="measure prompts of so many tokens; 0: none (default: 512)",
+    )
+    parser.add_argument(
+        "-n",
+        "--n-gen",
+        type=token_counts,
+        action="extend",
+        metavar="N,...",
+        help="measure generating so many tokens; 0: none (default: 128)",
+    )
+    parser.add_argument(
+        "-pg",
+        type=prompt_and_generated,
+        action="append",
+        default=[],
+        metavar="PP,TG",
+        help="also measure a prompt of PP tokens and then TG generated ones; may be repeated",
+    )
+    parser.add_argument(
+        "-r",
+        "--repetitions",
+        type=repetitions,
+        default=5,
+        metavar="N",
+        help="measurements of each test, after one that does not count (default: %(default)s)",
+    )
+    add_engine_flags(parser, aliases={"max_num_seqs": ("-b",)})
+    parser.set_defaults(max_num_seqs=1)  # as llama-bench measures
 
 
 def add_demo(parser: argparse.ArgumentParser) -> None:

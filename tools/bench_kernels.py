@@ -1,12 +1,14 @@
 """How near the kernels come to this machine's memory: `inflash bench kernels`.
 
-Axes: B batch, D d_model, F d_ff, H heads, C cache capacity, K gathered neurons, R predictor rank.
+Axes: B batch, D d_model, F d_ff, H heads, C cache capacity, K gathered neurons, R predictor rank, V vocabulary.
 
 A token reads every weight that it uses once and does two operations with it, so on any machine that can multiply faster than it can
 read, decoding takes bytes / bandwidth. The floor is measured in the same run, as the best of a few plain sums over an array much larger
 than any cache. Each kernel's bytes are those of its weights (and of the KV positions that it looks at), however large the batch.
 
-Every round times every kernel once, so that other work on the machine disturbs all of them alike and each finds cold caches.
+Every round times every kernel once, so that other work on the machine disturbs all of them alike and each finds cold caches. Where native
+kernels are built and not refused, each kernel is measured in both forms in the same rounds. Native kernels do not read the down rows of
+silent neurons; here all neurons are active, so that every byte that is counted is read.
 """
 
 import argparse
@@ -14,23 +16,27 @@ import json
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from ..errors import InflashError
+from ..kernels import native
 from ..kernels.compilation import jit
 from ..kernels.decoder_layer import LayerShape, attention_decode
 from ..kernels.linear import linear
 from ..kernels.predictor import predict_low_rank
 from ..kernels.sparse_ffn import block_ffn, gathered_ffn
+from ..pipeline import native_library
 from .table import table
 
 BATCHES = (1, 2, 4, 8)
 FLOOR_BYTES = 256 << 20
+SIZES = ("d_model", "d_ff", "vocab")
 POSITIONS = 256  # that each sequence looks back on
 CAPACITY = 512
 RANK = 128
@@ -53,20 +59,37 @@ class KernelResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Case:
+    """A kernel with its operands, and the bytes of weights that it reads; `native` is the form that it is traced in."""
+
     name: str
     batch: int
     num_bytes: int
-    call: Call
+    prepare: Callable[["_Case"], Call]
+    native: bool = False
+
+    def traced(self, function: Callable[..., Any], **jit_arguments: Any) -> Callable[..., Any]:
+        """The function compiled in this case's form: one of its own, as JAX would take the other form's trace for it."""
+
+        def form(*operands: Any, **named: Any) -> Any:
+            with native.choosing(self.native):
+                return function(*operands, **named)
+
+        return jit(form, **jit_arguments)
+
+    def plain(self, function: Callable[..., Any], *operands: jax.Array) -> Call:
+        return partial(self.traced(function), *operands)
 
 
 class _Weights:
-    """Random bf16 matrices of one layer, and the arrays that the kernels want besides."""
+    """Random bf16 matrices of one layer and the head, and the arrays that the kernels want besides."""
 
-    def __init__(self, d_model: int, d_ff: int) -> None:
+    def __init__(self, d_model: int, d_ff: int, vocab: int) -> None:
         self._rng = np.random.default_rng()
         self.d_model, self.d_ff = d_model, d_ff
         self.up, self.down = self.matrix(d_ff, d_model), self.matrix(d_ff, d_model)
         self.up_bias = self.vectors(d_ff)
+        self.loud_bias = jnp.full(d_ff, 100, jnp.float32)  # no ReLU silences such a neuron
+        self.head = self.matrix(vocab, d_model)
         self.first, self.second = self.matrix(RANK, d_model), self.matrix(d_ff, RANK)
         names = (
             "attention_norm_scale",
@@ -100,18 +123,20 @@ def run(arguments: argparse.Namespace) -> int:
     """Measures, prints a table and, as the last line, one JSON document.
 
     Args:
-      arguments: `d_model`, `d_ff`, and `seconds`, the length of each measurement.
+      arguments: `d_model`, `d_ff`, `vocab`, and `seconds`, the length of each measurement.
 
     Raises:
       InflashError: a size or the time is not positive.
     """
-    for name in ("d_model", "d_ff", "seconds"):
+    for name in (*SIZES, "seconds"):
         if not 0 < getattr(arguments, name) < math.inf:
             raise InflashError(f"bench kernels: {name} should be a positive number, found {getattr(arguments, name)}")
-    weights = _Weights(arguments.d_model, arguments.d_ff)
+    weights = _Weights(arguments.d_model, arguments.d_ff, arguments.vocab)
     floors = _floor_cases()
     cases = [case for batch in BATCHES for case in _cases(weights, batch)]
-    times = _interleaved([case.call for case in floors + cases], arguments.seconds)
+    if native_library.choose():  # after all the others, so that they do not find each other's weights in a cache
+        cases += [replace(case, name=f"{case.name} native", native=True) for case in cases]
+    times = _interleaved([case.prepare(case) for case in floors + cases], arguments.seconds)
     rates = [case.num_bytes / seconds / 1e9 for case, seconds in zip(floors + cases, times, strict=True)]
     bandwidth = max(rates[: len(floors)])
     results = [
@@ -124,12 +149,12 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _report(arguments: argparse.Namespace, bandwidth: float, results: list[KernelResult]) -> None:
     print(f"Memory reads {bandwidth:.1f} GB/s. Weights are bf16, d_model {arguments.d_model}, d_ff {arguments.d_ff}.\n")
-    rows = [[r.name, r.batch, f"{r.gb_per_s:.1f}", f"{100 * r.share:.0f}%", f"{r.ms:.2f}"] for r in results]
+    ordered = sorted(results, key=lambda result: (result.name, result.batch))
+    rows = [[r.name, r.batch, f"{r.gb_per_s:.1f}", f"{100 * r.share:.0f}%", f"{r.ms:.2f}"] for r in ordered]
     print(table(["kernel", "batch", "GB/s", "of memory", "ms"], rows), end="\n\n")
     document = {
         "bandwidth_gb_per_s": round(bandwidth, 3),
-        "d_model": arguments.d_model,
-        "d_ff": arguments.d_ff,
+        **{name: getattr(arguments, name) for name in SIZES},
         "kernels": [
             {key: round(value, 4) if isinstance(value, float) else value for key, value in asdict(result).items()}
             for result in results
@@ -142,48 +167,45 @@ def _floor_cases() -> list[_Case]:
     """Plain sums over one large array, in the two ways that XLA runs fastest."""
     array = jnp.ones((FLOOR_BYTES // 4 // 4096, 4096), jnp.float32)
     sums = (jit(jnp.sum), jit(partial(jnp.sum, axis=1)))
-    return [_Case(name="floor", batch=0, num_bytes=array.nbytes, call=partial(each, array)) for each in sums]
+    return [
+        _Case(name="floor", batch=0, num_bytes=array.nbytes, prepare=lambda _, each=each: partial(each, array)) for each in sums
+    ]
 
 
 def _cases(weights: _Weights, batch: int) -> list[_Case]:
     """Every kernel at one batch size."""
     d_model, d_ff, active = weights.d_model, weights.d_ff, max(1, weights.d_ff // ACTIVE_SHARE)
     x = weights.vectors(batch, d_model)
-    ffn_bytes = weights.up.nbytes + weights.down.nbytes
     threshold = jnp.zeros(1, jnp.float32)
-    dense = jit(partial(block_ffn, count=d_ff, compute_dtype="bfloat16"))
-    predicted = partial(jit(predict_low_rank), x, weights.first, weights.second, weights.up_bias, threshold)
-    attention_bytes = weights.attention["qkv"].nbytes + weights.attention["attention_out"].nbytes
-    return [
-        _Case(
-            name="linear",
-            batch=batch,
-            num_bytes=weights.up.nbytes,
-            call=partial(jit(linear), x, weights.up, weights.up_bias),
+    qkv, out = weights.attention["qkv"], weights.attention["attention_out"]
+    ffn_bytes, projection_bytes = weights.up.nbytes + weights.down.nbytes, qkv.nbytes + out.nbytes
+    predictor = (x, weights.first, weights.second, weights.up_bias, threshold)
+    dense = partial(block_ffn, count=d_ff, compute_dtype="bfloat16")
+    kernels: dict[str, tuple[int, Callable[[_Case], Call]]] = {
+        "linear": (weights.up.nbytes, lambda case: case.plain(linear, x, weights.up, weights.up_bias)),
+        "attention projections": (projection_bytes, lambda case: case.plain(_projections, x, qkv, out)),
+        "head": (weights.head.nbytes, lambda case: case.plain(linear, x, weights.head)),
+        "predictor": (
+            weights.first.nbytes + weights.second.nbytes,
+            lambda case: case.plain(predict_low_rank, *predictor),
         ),
-        _Case(
-            name="attention",
-            batch=batch,
-            num_bytes=attention_bytes + batch * POSITIONS * d_model * 8,
-            call=_attention(weights, x),
-        ),
-        _Case(name="predictor", batch=batch, num_bytes=weights.first.nbytes + weights.second.nbytes, call=predicted),
-        _Case(name="gathered_ffn", batch=batch, num_bytes=ffn_bytes * active // d_ff, call=_gathered(weights, x, active)),
-        _Case(
-            name="dense_ffn",
-            batch=batch,
-            num_bytes=ffn_bytes,
-            call=partial(dense, x, x, weights.up, weights.down, weights.up_bias),
-        ),
-    ]
+        "attention": (projection_bytes + batch * POSITIONS * d_model * 8, lambda case: _attention(case, weights, x)),
+        "gathered_ffn": (ffn_bytes * active // d_ff, lambda case: _gathered(case, weights, x, active)),
+        "dense_ffn": (ffn_bytes, lambda case: case.plain(dense, x, x, weights.up, weights.down, weights.loud_bias)),
+    }
+    return [_Case(name=name, batch=batch, num_bytes=size, prepare=prepare) for name, (size, prepare) in kernels.items()]
 
 
-def _attention(weights: _Weights, x: jax.Array) -> Call:
+def _projections(x: jax.Array, qkv: jax.Array, out: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return linear(x, qkv), linear(x, out)
+
+
+def _attention(case: _Case, weights: _Weights, x: jax.Array) -> Call:
     """A decoding step that keeps its cache, as the engine does."""
     batch, d_model = x.shape
     head_dim = math.gcd(d_model, 128)
     shape = LayerShape(num_heads=d_model // head_dim)
-    step = jit(partial(attention_decode, shape=shape, num_positions=POSITIONS), donate_argnames=("keys", "values"))
+    step = case.traced(partial(attention_decode, shape=shape, num_positions=POSITIONS), donate_argnums=(2, 3))
     cache = [jnp.zeros((batch, shape.num_heads, CAPACITY, head_dim), jnp.float32) for _ in range(2)]
     positions = jnp.full(batch, POSITIONS - 1, jnp.int32)
 
@@ -194,17 +216,17 @@ def _attention(weights: _Weights, x: jax.Array) -> Call:
     return call
 
 
-def _gathered(weights: _Weights, x: jax.Array, active: int) -> Call:
+def _gathered(case: _Case, weights: _Weights, x: jax.Array, active: int) -> Call:
     """Another set of neurons at each call, so that no cache holds them."""
     predicted = jnp.ones((x.shape[0], weights.d_ff), bool)
-    ffn = jit(partial(gathered_ffn, compute_dtype="bfloat16"))
+    ffn = case.traced(partial(gathered_ffn, compute_dtype="bfloat16"))
     subsets, count = weights.subsets(active), jnp.int32(active)
     turn = 0
 
     def call() -> object:
         nonlocal turn
         turn = (turn + 1) % len(subsets)
-        return ffn(x, x, weights.up, weights.down, weights.up_bias, predicted, subsets[turn], subsets[turn], count)
+        return ffn(x, x, weights.up, weights.down, weights.loud_bias, predicted, subsets[turn], subsets[turn], count)
 
     return call
 

@@ -16,6 +16,7 @@ from importlib import import_module
 from .. import __version__
 from ..errors import InflashError, RunError
 from . import arguments as flags
+from . import bench_arguments as bench_flags
 from . import predictor_arguments as predictor_flags
 
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
@@ -36,6 +37,15 @@ class Command:
     summary: str
     add_arguments: Callable[[argparse.ArgumentParser], None]
     details: str = ""
+
+
+def _add_nothing(_: argparse.ArgumentParser) -> None:
+    """For commands without arguments."""
+
+
+def _add_bench_kernels(parser: argparse.ArgumentParser) -> None:
+    flags.add_bench_kernels(parser)
+    parser.add_argument("--vocab", type=int, default=50272, metavar="V", help="rows of the output head (default: %(default)s)")
 
 
 COMMANDS: dict[str, Command] = {
@@ -139,6 +149,36 @@ dtype.
   inflash export-predictor ./opt-6.7b.inflash trained trained.safetensors
 """,
     ),
+    "synth": Command(
+        module="synth",
+        summary="make a model of any size with planted sparsity, to measure speed with",
+        add_arguments=flags.add_synth,
+        details="""\
+Writes random weights in the shape of an OPT model, planted so that a small share of the feed-forward neurons is active, a low-rank
+predictor can tell which, and many of them stay active from token to token. Everything at run time is real; only the text means
+nothing. The store comes with its predictors ("planted", and "planted-ahead" for prefetching) and sample.txt to measure them on.
+
+  inflash synth ./synth-6.7b --like opt-6.7b
+  inflash eval ./synth-6.7b --text ./synth-6.7b/sample.txt --tokens 512
+  inflash bench ablation ./synth-6.7b --memory-limit 7GiB
+""",
+    ),
+    "build-kernels": Command(
+        module="build_kernels",
+        summary="compile the native kernels for this machine, once",
+        add_arguments=_add_nothing,
+        details="""\
+inflash runs without them. They are C++ in the place of XLA's kernels for up to eight sequences: they read attention, output head,
+predictor and feed-forward weights (bfloat16 or float32) nearer to the memory's own rate, and skip the second half of neurons that the
+ReLU silences. `inflash bench kernels` shows what that brings on this machine.
+
+Needs a C++17 compiler: the one that CXX names, or c++, g++ or clang++. The library goes into the user's cache ($XDG_CACHE_HOME or
+~/.cache), is checked against XLA's kernels on random inputs, and is used from then on. A new version of inflash or jaxlib, or another
+processor, needs another build. INFLASH_KERNELS=xla does without it, INFLASH_KERNELS=native insists on it.
+
+  inflash build-kernels
+""",
+    ),
     "demo": Command(
         module="demo",
         summary="see it work on the small model that comes with inflash",
@@ -157,7 +197,47 @@ BENCHMARKS: dict[str, Command] = {
     "kernels": Command(
         module="bench_kernels",
         summary="bytes a second of weights that the kernels read, beside the memory's own rate",
-        add_arguments=flags.add_bench_kernels,
+        add_arguments=_add_bench_kernels,
+        details="""\
+After `inflash build-kernels` every kernel that has a native form is measured in both, in the same rounds.
+
+  inflash bench kernels --d-model 2048 --d-ff 8192
+""",
+    ),
+    "ablation": Command(
+        module="bench_ablation",
+        summary="the paper's table, step by step: what each part of the system brings under a memory limit",
+        add_arguments=bench_flags.add_ablation,
+        details="""\
+Every row is a run of its own under a memory cgroup (as root; elsewhere the caches are sized for the limit and nothing enforces it):
+
+  naive      everything streamed from flash for every token
+  hybrid     attention and embeddings resident, all neurons streamed
+  predictor  only predicted neurons are read, up and down rows apart
+  window     recent neurons stay in memory
+  bundles    a neuron is one read
+  overlap    neurons in memory are computed while the others are read
+  lookahead  neurons are read before their layer, by the guess of a look-ahead predictor
+  resident   dense, the whole model in memory and no limit, where that fits
+
+The rows predictor and window need a copy of the neurons without bundles, which is made beside the model and removed.
+
+  inflash synth ./synth-1.3b --like opt-1.3b
+  inflash bench ablation ./synth-1.3b --memory-limit 1.3GiB --plot ablation.png
+""",
+    ),
+    "llm": Command(
+        module="bench_llm",
+        summary="tokens a second of a model: prompts and text generation, in the form of llama.cpp's llama-bench",
+        add_arguments=flags.add_bench_llm,
+        details="""\
+Tokens are random, and nothing is sampled. Each test is one line: pp512 is a prompt of 512 tokens, tg128 is 128 generated ones from an
+empty context, pp512+tg128 is one after the other. -p and -n may be repeated.
+
+  inflash bench llm ./opt-6.7b.inflash
+  inflash bench llm ./opt-6.7b.inflash -p 128,512 -n 0 -pg 512,128 --ffn hybrid
+  inflash bench llm ./opt-6.7b.inflash -p 0 -n 32 -r 3 -b 8 --cache-neurons 0.5
+""",
     ),
 }
 
@@ -175,8 +255,8 @@ def build_parser() -> argparse.ArgumentParser:
     _add_commands(commands, COMMANDS)
     bench = commands.add_parser(
         "bench",
-        help="measure this machine: io or kernels",
-        description="Measures this machine. The last line of the output is one JSON document; docs/cli.md lists its keys.",
+        help="measure this machine: io, kernels, ablation or llm",
+        description="Measures this machine, or a model on it. The last line of the output is one JSON document, see docs/cli.md.",
         allow_abbrev=False,
     )
     _add_commands(bench.add_subparsers(title="benchmarks", metavar="BENCHMARK", required=True), BENCHMARKS)

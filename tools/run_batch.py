@@ -20,7 +20,9 @@ from . import arguments as flags
 from .progress import progress_bar
 from .table import cost_table
 
-FREE_OPTIONS = frozenset({"loaders", "loader_threads", "verify", "max_num_seqs", "max_model_len"})
+FREE_OPTIONS = frozenset(
+    {"prefetch", "overlap", "merge_gap", "loaders", "queue_depth", "verify", "max_num_seqs", "max_model_len"}
+)
 """What may change when a run is resumed: it decides how much memory and time a run takes, not what it is asked for."""
 
 

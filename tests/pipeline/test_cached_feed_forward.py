@@ -94,7 +94,7 @@ def test_without_bundles_a_neuron_is_two_reads(store: Store, plain: tuple[np.nda
             with Engine(store, EngineOptions(loaders=1, merge_gap=0, **PLAIN), split_rows=split) as engine:
                 engine.prepare(1, 64)
                 engine.process_prompts([(0, TEXT[:16])])
-                before = engine.pool.counters()
+                before, logits = engine.pool.counters(), np.empty(0)
                 for position in range(16, 48):
                     logits = engine.decode(TEXT[position : position + 1], np.array([position], np.int32), np.ones(1, bool))
                 after = engine.pool.counters()

@@ -238,7 +238,7 @@ def test_every_engine_flag_reaches_its_option(words: list[str]) -> None:
         max_model_len=99,
         compute_dtype="float32",
         loaders=5,
-        loader_threads=6,
+        queue_depth=6,
         seed=7,
         verify=True,
     )

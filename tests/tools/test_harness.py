@@ -46,7 +46,7 @@ def harness(home: Path) -> Any:
 @pytest.fixture(scope="module")
 def llm(harness: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LLM]:
     store = make_store(tmp_path_factory.mktemp("harness"), tokenizer=True, num_hidden_layers=1)
-    with LLM(store.path, predictor="exact", max_model_len=LENGTH, max_num_seqs=2, loaders=1, loader_threads=1) as opened:
+    with LLM(store.path, predictor="exact", max_model_len=LENGTH, max_num_seqs=2, loaders=1, queue_depth=1) as opened:
         yield opened
 
 

@@ -44,7 +44,7 @@ def write_requests(file: Path, prompts: list[list[int]], **body: Any) -> None:
 
 def command(folder: Path, store: Store, *flags: str) -> list[str]:
     files = ["-i", str(folder / "in.jsonl"), "-o", str(folder / "out.jsonl"), "--model", str(store.path)]
-    return ["run-batch", *files, "--predictor", "exact", "--loader-threads", "1", *flags]
+    return ["run-batch", *files, "--predictor", "exact", "--queue-depth", "1", *flags]
 
 
 def answers(folder: Path, name: str = "out.jsonl") -> dict[str, dict[str, Any]]:

@@ -77,7 +77,7 @@ def test_the_engine_computes_what_was_trained(tmp_path, prepare) -> None:
     token_ids = np.random.default_rng().integers(0, TINY.vocab_size, 20).astype(np.int32)
     expected, activations = forward(rounded, jnp.asarray(token_ids[None]), TINY)
     assert len(activations) == TINY.num_layers
-    with LLM(store.path, ffn="resident", compute_dtype="float32", max_num_seqs=1, loaders=1, loader_threads=1) as llm:
+    with LLM(store.path, ffn="resident", compute_dtype="float32", max_num_seqs=1, loaders=1, queue_depth=1) as llm:
         np.testing.assert_allclose(llm.logits(token_ids), np.asarray(expected)[0], rtol=0, atol=1e-4)
 
 

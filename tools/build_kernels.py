@@ -1,0 +1,97 @@
+"""`inflash build-kernels`: compiles the native kernels for this machine and checks them against XLA's on random inputs.
+
+Axes: B batch, D d_model, F d_ff, K gathered neurons.
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ..errors import InflashError, RunError
+from ..kernels import native
+from ..kernels.compilation import jit
+from ..kernels.linear import linear
+from ..kernels.sparse_ffn import block_ffn, gathered_ffn
+from ..pipeline import native_library
+
+BATCHES = (1, 3, 8)
+D_MODEL, D_FF, ACTIVE = 200, 500, 97
+TOLERANCE = 1e-2  # of the largest value: an activation may be rounded to the other of two neighbours in bfloat16
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Builds, checks, and says what was found.
+
+    Raises:
+      InflashError: there is no compiler, or JAX does not run on a CPU.
+      RunError: the compiler fails, or the kernels do not agree with XLA's; then they are removed.
+    """
+    if jax.default_backend() != "cpu":
+        raise InflashError(f"build-kernels: the native kernels are for CPUs, and JAX runs on {jax.default_backend()}")
+    start = time.monotonic()
+    built = native_library.build()
+    print(f"Built {built.path} in {time.monotonic() - start:.0f} s with: {' '.join(built.command[:-5])}")
+    try:
+        native_library.load(built.path)
+        differences = _differences()
+        if not max(differences.values()) <= TOLERANCE:  # NaN, too
+            raise RunError(
+                f"build-kernels: the kernels differ from XLA's by {differences}, expected at most {TOLERANCE}: not kept"
+            )
+    except InflashError:
+        built.path.unlink()
+        raise
+    for name, difference in differences.items():
+        print(f"{name} agrees with XLA to {difference:.1e} of the largest value")
+    print(
+        "From now on inflash uses them on this machine; INFLASH_KERNELS=xla does without. `inflash bench kernels` compares both."
+    )
+    return 0
+
+
+def _differences() -> dict[str, float]:
+    """For each kernel and dtype, the largest difference of the two forms as a share of the largest value."""
+    rng = np.random.default_rng()
+    found: dict[str, float] = {}
+    for dtype in (jnp.bfloat16, jnp.float32):
+        for batch in BATCHES:
+            for name, (function, operands) in _calls(rng, batch, jnp.dtype(dtype)).items():
+                xla, own = (_traced(function, choice)(*operands) for choice in (False, True))
+                name = f"{name} {jnp.dtype(dtype).name}"
+                found[name] = max(found.get(name, 0.0), float(np.abs(own - xla).max() / np.abs(xla).max()))
+    return found
+
+
+def _traced(function: Callable[..., jax.Array], native_form: bool) -> Callable[..., np.ndarray]:
+    def form(*operands: Any) -> jax.Array:
+        with native.choosing(native_form):
+            return function(*operands)
+
+    compiled = jit(form)
+    return lambda *operands: np.asarray(compiled(*operands))
+
+
+def _calls(rng: np.random.Generator, batch: int, dtype: np.dtype) -> dict[str, tuple[Callable[..., jax.Array], tuple[Any, ...]]]:
+    """Every kernel that has two forms, with operands."""
+
+    def array(*shape: int) -> jax.Array:
+        return jnp.asarray(rng.standard_normal(shape, np.float32))
+
+    x, up, down = array(batch, D_MODEL), array(D_FF, D_MODEL).astype(dtype), array(D_FF, D_MODEL).astype(dtype)
+    bias, predicted = array(D_FF), jnp.asarray(rng.random((batch, D_FF)) < 0.7)
+    slots, neuron_ids = (jnp.asarray(rng.permutation(D_FF)[:ACTIVE], jnp.int32) for _ in range(2))
+    count = jnp.int32(ACTIVE - 5)
+    return {
+        "linear": (linear, (x, up, bias)),
+        "gathered_ffn": (
+            partial(gathered_ffn, compute_dtype=dtype),
+            (x, x, up, down, bias, predicted, slots, neuron_ids, count),
+        ),
+        "block_ffn": (partial(block_ffn, compute_dtype=dtype), (x, x, up, down, bias, count, predicted)),
+    }
