@@ -54,7 +54,7 @@ class LayerwisePass:
     """
 
     def __init__(
-        self, store: Store, context: int, *, compute_dtype: str = "auto", loaders: int = 2, queue_depth: int = 32
+        self, store: Store, context: int, *, compute_dtype: str = "auto", loaders: int = 1, queue_depth: int = 128
     ) -> None:
         """Starts the loaders.
 

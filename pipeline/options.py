@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from ..errors import InflashError
 
 FFN_MODES = ("sparse", "hybrid", "naive", "resident")
-POLICIES = ("lru", "window", "none")
+POLICIES = ("lfu", "lru", "window", "none")
 PREDICTOR_METHODS = ("trained", "weighted-svd", "sign-bits")
 COMPUTE_DTYPES = ("auto", "bfloat16", "float32")
 
@@ -21,8 +21,8 @@ class EngineOptions:
         memory; "none": all of them; otherwise a predictor's name in the store.
       cache_neurons: neurons of each layer kept in memory in "sparse"; a share of d_ff when it is a float up to 1.0, a count otherwise.
       window: tokens whose neurons stay, with policy "window" (the paper uses 4).
-      policy: "lru" keeps the least recently used out; "window" keeps the last `window` tokens' neurons; "none" keeps nothing from one
-        token to the next, for comparisons.
+      policy: who stays in the cache. "lfu": the most frequently used, recent uses counting more; "lru": the most recently used;
+        "window": those of the last `window` tokens; "none": nobody from one token to the next, for comparisons.
       prefetch: the look-ahead predictor by whose guess a layer's neurons are read while the layer before is computed. "auto": the store's
         best one, where `predictor` is one of the store's; "none": nothing is read early.
       overlap: whether neurons in the cache are computed while the others are being read. Off for comparisons only.
@@ -40,15 +40,15 @@ class EngineOptions:
     predictor: str = "auto"
     cache_neurons: float | int = 0.25
     window: int | None = None
-    policy: str = "lru"
+    policy: str = "lfu"
     prefetch: str = "auto"
     overlap: bool = True
     max_num_seqs: int = 8
     max_model_len: int | None = None
     compute_dtype: str = "auto"
-    loaders: int = 2
-    queue_depth: int = 32
-    merge_gap: int = 16 << 10
+    loaders: int = 1
+    queue_depth: int = 128
+    merge_gap: int = 8 << 10
     seed: int = 0
     verify: bool = False
 

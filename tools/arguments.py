@@ -51,7 +51,8 @@ ENGINE_FLAGS: dict[str, dict[str, Any]] = {
     },
     "policy": {
         "choices": POLICIES,
-        "help": "who leaves the cache: the least recently used, or whoever the last --window tokens did not use (default: %(default)s)",
+        "help": "who stays in the cache: lfu (used most, recent uses counting more), lru (used last), window (used by the last "
+        "--window tokens) or none, for comparisons (default: %(default)s)",
     },
     "window": {
         "type": int,

@@ -81,7 +81,7 @@ def _configs(store: Store, arguments: argparse.Namespace, rows: list[str]) -> di
         if options["ffn"] == "sparse":
             options |= {"predictor": arguments.predictor, "overlap": name in ("overlap", "lookahead")}
             options["prefetch"] = arguments.prefetch if name == "lookahead" else "none"
-            kept = {"policy": "window", "window": arguments.window} if arguments.window else {"policy": "lru"}
+            kept = {"policy": "window", "window": arguments.window} if arguments.window else {"policy": arguments.policy}
             options |= {"policy": "none"} if name == "predictor" else kept
             predictor = choose_predictor(store, arguments.predictor)
             if name == "lookahead" and choose_prefetch(store, arguments.prefetch, predictor) is None:

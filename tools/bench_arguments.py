@@ -56,11 +56,12 @@ def add_ablation(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt-tokens", type=count_from_one, default=128, metavar="N", help="tokens of the prompt (128)")
     parser.add_argument("--predictor", default=defaults.predictor, metavar="NAME", help="as for generate (auto)")
     parser.add_argument("--prefetch", default=defaults.prefetch, metavar="NAME", help="as for generate (auto)")
+    parser.add_argument("--policy", choices=("lfu", "lru"), default=defaults.policy, help="who stays in the caches (%(default)s)")
     parser.add_argument(
         "--window",
         type=count_from_one,
         metavar="TOKENS",
-        help="keep the neurons of so many tokens, as the paper does with 4 (default: the least recently used leave)",
+        help="keep the neurons of so many tokens, as the paper does with 4, rather than go by --policy",
     )
     parser.add_argument(
         "--loaders", type=count_from_one, default=defaults.loaders, metavar="N", help="as for generate (%(default)s)"

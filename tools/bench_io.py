@@ -1,11 +1,12 @@
-"""`inflash bench io`: what the loaders get from the disk, beside what the disk gives.
+"""`inflash bench io`: the disk's curve, and what the loaders get of it.
 
-A bundle costs one read of a few KiB, so the figure that decides is random reads a second, not megabytes in order. The reference is a
-plain loop: as many threads as the loaders have altogether, each calling `preadv` with O_DIRECT into one aligned buffer and doing nothing
-else; and fio with the same size and depth, where it is installed. The loaders do more for the same bytes: they take requests from shared
-memory, scatter each bundle into two rows, and report.
+Two things are measured on one file, in turn with fio where that is installed, and medians are compared, because disks are shared:
 
-Each is measured in turn, several times, in one process tree on one file; medians are compared, because the disk is shared.
+- The curve: random reads past the page cache, by size and by how many are under way. Larger reads and more of them are faster up to the
+  disk's limit; how the time of a read grows with its size says how large a gap is worth reading across. The reads are our own queue's,
+  with nothing around it, and fio's with the same engine.
+- The loaders, asked for random neurons through shared memory as a decoding step asks. They do more for the same bytes: they take
+  requests, scatter each bundle into two rows, and report.
 """
 
 import argparse
@@ -16,22 +17,38 @@ import shutil
 import statistics
 import subprocess
 import tempfile
-import threading
 import time
-from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from ..errors import InflashError
 from ..storage.layout import bundles_path
 from ..storage.model_config import ModelConfig
+from ..storage.read_plan import SEGMENT, ReadPlan
+from ..storage.read_queue import open_read_queue
 from ..storage.shard_index import open_raw_array
 from ..storage.store import Store, StoreWriter, open_store
+from .progress import progress_bar
 from .table import table
 
+SIZES = tuple(4096 << power for power in range(9))  # 4 KiB to 1 MiB
+DEPTHS = (1, 4, 16, 64, 128)
 ROUNDS = 5
 _REQUEST_NEURONS = 256  # misses of a layer that are asked for together
+_PLANNED_READS = 4096
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Point:
+    """One place of the curve: bytes a second of our queue, and of fio (None: not installed)."""
+
+    size: int
+    depth: int
+    bytes_per_s: float
+    fio_bytes_per_s: float | None
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -59,47 +76,94 @@ def _scratch_store(path: Path, bundle_bytes: int, file_mib: int) -> Store:
 
 
 def _measure(store: Store, arguments: argparse.Namespace) -> int:
-    threads = arguments.loaders * arguments.queue_depth
     shard = open_raw_array(store.path / bundles_path(0))
-    seconds = arguments.seconds / ROUNDS
-    methods: dict[str, Callable[[float], float]] = {
-        "preadv loop": lambda s: _plain_loop(shard.file, shard.row_offsets, shard.row_bytes, threads, s)
-    }
-    if shutil.which("fio"):
-        methods["fio psync"] = lambda s: _fio(shard.file, shard.row_bytes, threads, s)
+    sizes = [size for size in SIZES if size <= min(store.bundles.layer_bytes, 1 << 20)]
+    points: list[Point] = []
+    with progress_bar(total=len(sizes) * len(DEPTHS) + ROUNDS, desc="reading", unit=" steps") as bar:
+        for size in sizes:
+            for depth in DEPTHS:
+                ours = _queue_rate(shard.file, store.bundles.layer_bytes, size, depth, arguments.seconds / 6)
+                fio = _fio(shard.file, store.bundles.layer_bytes, size, depth, arguments.seconds / 6)
+                points.append(Point(size=size, depth=depth, bytes_per_s=ours, fio_bytes_per_s=fio))
+                bar.update()
+        rates = _loader_rates(store, shard.file, arguments, bar.update)
+    _report(store, arguments, points, rates)
+    return 0
+
+
+def _loader_rates(store: Store, file: Path, arguments: argparse.Namespace, progress) -> dict[str, float | None]:
+    """Medians: bytes a second of the loaders, of our queue alone and of fio, with reads of a bundle and the loaders' depth."""
+    depth, size = arguments.loaders * arguments.queue_depth, store.bundles.bundle_bytes
+    samples: dict[str, list[float]] = {"loaders": [], "queue": [], "fio": []}
     with _Loaders(store, arguments.loaders, arguments.queue_depth) as loaders:
-        methods["inflash loaders"] = loaders.measure
-        samples: dict[str, list[float]] = {name: [] for name in methods}
         for _ in range(ROUNDS):
-            for name, method in methods.items():
-                samples[name].append(method(seconds))
-    rates = {name: statistics.median(values) for name, values in samples.items()}
-    best = max(rates["preadv loop"], rates.get("fio psync", 0.0))
-    ours = rates["inflash loaders"]
-    rows = [
-        [name, f"{rate / 1e6:.0f}", f"{rate / shard.row_bytes:.0f}", f"{100 * rate / best:.0f}%"] for name, rate in rates.items()
+            samples["loaders"].append(loaders.measure(arguments.seconds / ROUNDS))
+            samples["queue"].append(_queue_rate(file, store.bundles.layer_bytes, size, depth, arguments.seconds / ROUNDS))
+            if (rate := _fio(file, store.bundles.layer_bytes, size, depth, arguments.seconds / ROUNDS)) is not None:
+                samples["fio"].append(rate)
+            progress()
+    return {name: statistics.median(values) if values else None for name, values in samples.items()}
+
+
+def worthwhile_gap(points: list[Point]) -> int:
+    """Bytes that cost no more to read along than another read costs, from the fastest rates by size; 0 where small reads lose nothing.
+
+    A read takes `start + size / bandwidth` when many are under way; the gap's own time has to stay below `start`.
+    """
+    sizes = sorted({point.size for point in points})
+    seconds = [size / max(point.bytes_per_s for point in points if point.size == size) for size in sizes]
+    if len(sizes) < 2:
+        return 0
+    bandwidth = (sizes[-1] - sizes[0]) / max(seconds[-1] - seconds[0], 1e-12)
+    return max(0, int((seconds[0] - sizes[0] / bandwidth) * bandwidth))
+
+
+def _report(store: Store, arguments: argparse.Namespace, points: list[Point], rates: dict[str, float | None]) -> None:
+    bundle = store.bundles.bundle_bytes
+    fio = {(point.size, point.depth): point.fio_bytes_per_s for point in points}
+    ours = {(point.size, point.depth): point.bytes_per_s for point in points}
+    print(f"Random reads past the page cache, MB/s{' (fio)' if any(fio.values()) else ''}: {arguments.target}\n")
+    rows = []
+    for size in sorted({point.size for point in points}):
+        cells = [f"{ours[size, depth] / 1e6:.0f}" for depth in DEPTHS]
+        cells = [
+            f"{cell} ({rate / 1e6:.0f})" if (rate := fio[size, depth]) else cell
+            for cell, depth in zip(cells, DEPTHS, strict=True)
+        ]
+        rows.append([f"{size >> 10} KiB", *cells])
+    print(table(["size", *(f"{depth} under way" for depth in DEPTHS)], rows), end="\n\n")
+    best = max(rate for name, rate in rates.items() if name != "loaders" and rate is not None)
+    names = {"loaders": "inflash loaders", "queue": "our queue alone", "fio": "fio libaio"}
+    lines = [
+        [names[name], f"{rate / 1e6:.0f}", f"{rate / bundle:.0f}", f"{100 * rate / best:.0f}%"]
+        for name, rate in rates.items()
+        if rate is not None
     ]
-    print(
-        f"random reads of {shard.row_bytes} bytes, {arguments.loaders} loaders x {arguments.queue_depth} threads: {arguments.target}"
-    )
-    print(table(["method", "MB/s", "reads/s", "of the best reference"], rows))
-    document = {
-        "bundle_bytes": shard.row_bytes,
+    print(f"Bundles of {bundle} bytes, {arguments.loaders} loaders with {arguments.queue_depth} reads each under way:\n")
+    print(table(["method", "MB/s", "reads/s", "of the best reference"], lines), end="\n\n")
+    gap = worthwhile_gap(points)
+    print(f"Reading across a gap pays up to about {gap >> 10} KiB here (--merge-gap).")
+    loaders = rates["loaders"] or 0.0
+    document: dict[str, Any] = {
+        "bundle_bytes": bundle,
         "loaders": arguments.loaders,
         "queue_depth": arguments.queue_depth,
-        "preadv_bytes_per_s": rates["preadv loop"],
-        "fio_bytes_per_s": rates.get("fio psync"),
-        "loader_bytes_per_s": ours,
-        "share": ours / best,
+        "loader_bytes_per_s": loaders,
+        "queue_bytes_per_s": rates["queue"],
+        "fio_bytes_per_s": rates["fio"],
+        "share": loaders / best,
+        "merge_gap_bytes": gap,
+        "curve": [
+            {"size": p.size, "depth": p.depth, "bytes_per_s": p.bytes_per_s, "fio_bytes_per_s": p.fio_bytes_per_s} for p in points
+        ],
     }
     print(json.dumps(document))
-    return 0
 
 
 class _Loaders:
     """The product's own loaders on the first layer, asked for random neurons as a decoding step asks."""
 
-    def __init__(self, store: Store, loaders: int, threads: int) -> None:
+    def __init__(self, store: Store, loaders: int, depth: int) -> None:
         from ..pipeline.loader_pool import LoaderPool
         from ..pipeline.slab import Slab, SlabPlan
 
@@ -109,7 +173,7 @@ class _Loaders:
         # Two requests are under way, so that the loaders need not wait for the next one.
         self._rows = [[plan.reserve(_REQUEST_NEURONS * layout.row_bytes) for _ in range(layout.num_parts)] for _ in range(2)]
         self._slab = Slab(plan.num_bytes)
-        self._pool = LoaderPool(store, self._slab, regions, depth=threads // loaders)
+        self._pool = LoaderPool(store, self._slab, regions, depth=depth)
         self._rng = np.random.default_rng(1)
 
     def measure(self, seconds: float) -> float:
@@ -142,28 +206,35 @@ class _Loaders:
         self._slab.close()
 
 
-def _plain_loop(file: Path, offsets: np.ndarray, length: int, threads: int, seconds: float) -> float:
-    """Bytes a second of threads that do nothing but read random rows past the page cache."""
+def _queue_rate(file: Path, file_bytes: int, size: int, depth: int, seconds: float) -> float:
+    """Bytes a second of random reads of one size, so many under way."""
     descriptor = _open_direct(file)
-    counts = [0] * threads
-    stop = time.perf_counter() + seconds
-
-    def read(number: int) -> None:
-        rng = np.random.default_rng(number)
-        buffer = [memoryview(mmap.mmap(-1, -(-length // 4096) * 4096))[:length]]
-        while time.perf_counter() < stop:
-            for offset in rng.choice(offsets, 64).tolist():
-                os.preadv(descriptor, buffer, offset)
-            counts[number] += 64
-
-    began = time.perf_counter()
-    workers = [threading.Thread(target=read, args=(number,)) for number in range(threads)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    os.close(descriptor)
-    return sum(counts) * length / (time.perf_counter() - began)
+    memory = mmap.mmap(-1, depth * size)
+    places = np.random.default_rng().integers(0, file_bytes // size, _PLANNED_READS, np.int64)
+    segments = np.empty(_PLANNED_READS, SEGMENT)
+    segments["address"] = np.frombuffer(memory, np.uint8).ctypes.data + size * (np.arange(_PLANNED_READS) % depth)
+    segments["length"] = size
+    plan = ReadPlan(
+        offsets=places * size,
+        lengths=np.full(_PLANNED_READS, size),
+        first_segments=np.arange(_PLANNED_READS + 1),
+        segments=segments,
+    )
+    queue = open_read_queue(depth, direct=True)
+    try:
+        began, back, at = time.perf_counter(), 0, 0
+        while (elapsed := time.perf_counter() - began) < seconds:
+            at = (at + queue.submit(descriptor, plan, at, _PLANNED_READS, 0)) % _PLANNED_READS
+            tags, results = queue.reap(max(1, min(depth // 4, 16)), 1.0)
+            if (results != size).any():
+                raise InflashError(
+                    f"{file}: a read of {size} bytes came back with {results[results != size][0]}; is the disk sound?"
+                )
+            back += len(tags)
+        return back * size / elapsed
+    finally:
+        queue.close()
+        os.close(descriptor)
 
 
 def _open_direct(file: Path) -> int:
@@ -173,12 +244,14 @@ def _open_direct(file: Path) -> int:
         raise InflashError(f"{file}: direct I/O is refused here ({error.strerror}); measure on a disk that allows it") from error
 
 
-def _fio(file: Path, length: int, threads: int, seconds: float) -> float:
+def _fio(file: Path, file_bytes: int, size: int, depth: int, seconds: float) -> float | None:
+    """What fio gets for the same reads with the same engine, bytes a second; None where it is not installed."""
+    if not shutil.which("fio"):
+        return None
     command = [
-        "fio", "--name=read", f"--filename={file}", "--readonly", "--rw=randread", "--direct=1", "--ioengine=psync",
-        f"--bs={length}", f"--numjobs={threads}", "--thread", "--time_based", f"--runtime={max(1, round(seconds))}",
-        "--group_reporting", "--output-format=json", "--randrepeat=0", "--norandommap",
-        f"--filesize={file.stat().st_size // length * length}",
+        "fio", "--name=read", f"--filename={file}", "--readonly", "--rw=randread", "--direct=1", "--ioengine=libaio",
+        f"--bs={size}", f"--iodepth={depth}", "--thread", "--time_based", f"--runtime={max(1, round(seconds))}",
+        "--output-format=json", "--randrepeat=0", "--norandommap", f"--filesize={file_bytes // size * size}",
     ]  # fmt: skip
     result = subprocess.run(command, capture_output=True, text=True, timeout=120)
     if result.returncode:
