@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from ..kernels.compilation import jit
@@ -27,7 +26,6 @@ IdsAndSlots = tuple[np.ndarray, np.ndarray]
 """Neurons [n] int32 and the slots that they are in [n] int32."""
 
 _gathered = jit(gathered_ffn, static_argnames=("compute_dtype",))
-_needed = jit(lambda predicted, active: (predicted & active[:, None], jnp.any(predicted & active[:, None], axis=0)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,9 +67,7 @@ class CachedFeedForward:
     def add_neurons(self, layer: int, tiles: Sequence[Tile]) -> list[jax.Array]:
         (tile,) = tiles  # decoding steps are one tile
         assert tile.predicted is not None
-        predicted, needed = _needed(tile.predicted, tile.active)
-        guessed = None if tile.guessed is None else _needed(tile.guessed, tile.active)[1]
-        neuron_ids = np.flatnonzero(np.asarray(needed)).astype(np.int32)
+        neuron_ids = _named(tile.predicted, tile.active)
         if self._prefetches[layer] is None:
             self._caches[layer].begin_token()
         self._times.neurons += self._d_ff
@@ -81,7 +77,7 @@ class CachedFeedForward:
             if start:
                 total.block_until_ready()  # the slots are about to be overwritten
             some = neuron_ids[start : start + self._num_slots]
-            total = self._add_turn(layer, some, total, tile.ffn_in, predicted, guessed if start == 0 else None)
+            total = self._add_turn(layer, some, total, tile, guessing=start == 0)
         return [total]
 
     def _add_turn(
@@ -89,9 +85,9 @@ class CachedFeedForward:
         layer: int,
         neuron_ids: np.ndarray,
         total: jax.Array,
-        ffn_in: jax.Array,
-        predicted: jax.Array,
-        guessed: jax.Array | None,
+        tile: Tile,
+        *,
+        guessing: bool,
     ) -> jax.Array:
         with self._times.managing_memory():
             placement = self._caches[layer].place(neuron_ids)
@@ -99,19 +95,19 @@ class CachedFeedForward:
             ticket = self._ask(layer, placement)
             ready, late = self._split(placement, prefetch)
             self._times.count(hits=len(placement.hit_ids), misses=len(placement.miss_ids))
+        if guessing and tile.guessed is not None:
+            self._prefetch(layer + 1, _named(tile.guessed, tile.active))
         if self._overlap:
-            total = self._gather(layer, *ready, total, ffn_in, predicted)
-        if guessed is not None:
-            self._prefetch(layer + 1, guessed)
+            total = self._gather(layer, *ready, total, tile)
         self._pool.wait(ticket if prefetch is None else (*prefetch.ticket, *ticket))
         if self._overlap:
-            return self._gather(layer, *late, total, ffn_in, predicted)
+            return self._gather(layer, *late, total, tile)
         ids, slots = (np.concatenate(parts) for parts in zip(ready, late, strict=True))
-        return self._gather(layer, ids, slots, total, ffn_in, predicted)
+        return self._gather(layer, ids, slots, total, tile)
 
-    def _prefetch(self, layer: int, guessed: jax.Array) -> None:
-        """Asks for neurons [F] bool that a layer yet to come will likely need, as far as half the cache holds them."""
-        neuron_ids = np.flatnonzero(np.asarray(guessed)).astype(np.int32)[: self._num_slots // 2]
+    def _prefetch(self, layer: int, neuron_ids: np.ndarray) -> None:
+        """Asks for neurons that a layer yet to come will likely need, as far as half the cache holds them."""
+        neuron_ids = neuron_ids[: self._num_slots // 2]
         with self._times.managing_memory():
             self._caches[layer].begin_token()
             placement = self._caches[layer].place(neuron_ids)
@@ -142,18 +138,18 @@ class CachedFeedForward:
         late_ids = np.concatenate((ids[late], placement.miss_ids))
         return (ids[~late], slots[~late]), (late_ids, np.concatenate((slots[late], placement.miss_slots)))
 
-    def _gather(self, layer: int, neuron_ids, slots, total, ffn_in, predicted) -> jax.Array:
+    def _gather(self, layer: int, neuron_ids: np.ndarray, slots: np.ndarray, total: jax.Array, tile: Tile) -> jax.Array:
         if not len(neuron_ids):
             return total
         size = fitting(len(neuron_ids), self._gather_sizes)
         rows = self._layers[layer]
         return _gathered(
             total,
-            ffn_in,
+            tile.ffn_in,
             rows.up,
             rows.down,
             self._bias[layer],
-            predicted,
+            tile.predicted,
             padded(slots, size),
             padded(neuron_ids, size),
             np.int32(len(neuron_ids)),
@@ -162,7 +158,11 @@ class CachedFeedForward:
 
     def warm_up(self, tile: Tile) -> None:
         assert tile.predicted is not None
-        predicted, _ = _needed(tile.predicted, tile.active)
         for size in self._gather_sizes:
             some = np.zeros(size, np.int32)
-            self._gather(0, some, some, tile.residual, tile.ffn_in, predicted)
+            self._gather(0, some, some, tile.residual, tile)
+
+
+def _named(predicted: jax.Array, active: np.ndarray) -> np.ndarray:
+    """The neurons that any active token names: [T, F] bool and [T] bool to [n] int32, ascending."""
+    return np.flatnonzero(np.logical_or.reduce(np.asarray(predicted)[active], axis=0)).astype(np.int32)

@@ -29,7 +29,7 @@ from ..storage.readers import DirectFile, DirectReader
 from .channel import BYTES, COUNTERS, RANGE, RING_LENGTH, ROWS, SCATTER, Channel, ChannelRegion
 from .slab import ALIGNMENT, Slab
 
-_LARGEST_BATCH = 16  # reads that are worth waiting for
+_LARGEST_BATCH = 32  # reads that are worth waiting for
 _LOOK_UP_S = 0.001  # how long a new request may go unnoticed while reads are under way
 _TAG_BITS = 32  # of a read's number in its plan
 

@@ -1,4 +1,4 @@
-"""Both policies against a model in plain Python, which keeps lists and knows nothing of slots, logs or stamps."""
+"""The policies against models in plain Python, which keep lists and know nothing of slots, logs, stamps or counts."""
 
 import tracemalloc
 
@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from inflash.errors import InflashError
-from inflash.pipeline.neuron_cache import LeastRecentlyUsed, NeuronCache, SlidingWindow, make_cache
+from inflash.pipeline.neuron_cache import LeastFrequentlyUsed, LeastRecentlyUsed, NeuronCache, SlidingWindow, make_cache
 
 
 class CacheModel:
@@ -106,6 +106,80 @@ TestNeuronCache = NeuronCacheMachine.TestCase
 TestNeuronCache.settings = settings(max_examples=150, stateful_step_count=40)
 
 
+class FrequencyMachine(RuleBasedStateMachine):
+    """What holds for every choice of who leaves: nobody who is needed now, nobody without need, and no slot for two."""
+
+    @initialize(num_neurons=st.integers(1, 40), share=st.floats(0, 1))
+    def make(self, num_neurons: int, share: float) -> None:
+        self.num_neurons, self.num_slots = num_neurons, max(1, round(share * num_neurons))
+        self.cache = LeastFrequentlyUsed(num_neurons, self.num_slots)
+        self.slot_of: dict[int, int] = {}
+
+    @rule(tokens=st.integers(1, 3))
+    def begin_token(self, tokens: int) -> None:
+        for _ in range(tokens):
+            self.cache.begin_token()
+
+    @rule(data=st.data())
+    def place(self, data: st.DataObject) -> None:
+        neuron_ids = sorted(data.draw(st.sets(st.integers(0, self.num_neurons - 1), max_size=self.num_slots)))
+        placement = self.cache.place(np.asarray(neuron_ids, np.int32))
+        hits, misses = placement.hit_ids.tolist(), placement.miss_ids.tolist()
+        assert hits == [neuron for neuron in neuron_ids if neuron in self.slot_of]
+        assert misses == [neuron for neuron in neuron_ids if neuron not in self.slot_of]
+        assert placement.hit_slots.tolist() == [self.slot_of[neuron] for neuron in hits]
+        given = placement.miss_slots.tolist()
+        assert len(set(given)) == len(given) and all(0 <= slot < self.num_slots for slot in given)
+        evicted = {neuron for neuron, slot in self.slot_of.items() if slot in given}
+        assert not evicted & set(neuron_ids)
+        assert len(evicted) == max(0, len(self.slot_of) + len(misses) - self.num_slots)
+        self.slot_of = {neuron: slot for neuron, slot in self.slot_of.items() if neuron not in evicted}
+        self.slot_of |= dict(zip(misses, given, strict=True))
+
+    @invariant()
+    def keeps_what_it_was_given(self) -> None:
+        if hasattr(self, "cache"):
+            assert self.cache.resident().tolist() == sorted(self.slot_of)
+
+
+TestFrequency = FrequencyMachine.TestCase
+TestFrequency.settings = settings(max_examples=150, stateful_step_count=40)
+
+
+def test_what_is_used_often_survives_what_is_used_once() -> None:
+    """Forty neurons for every second token, among ever new ones that would fill the cache five times between two uses."""
+    rng, often = np.random.default_rng(), np.arange(40)
+    misses = {}
+    for policy in ("lfu", "lru"):
+        cache = make_cache(100_000, 100, policy, None)
+        fresh = iter(range(1000, 100_000))
+        missed = 0
+        for token in range(200):
+            cache.begin_token()
+            ids = [next(fresh) for _ in range(12)] + (rng.permutation(often)[:30].tolist() if token % 8 == 0 else [])
+            placement = cache.place(np.sort(np.asarray(ids, np.int32)))
+            missed += int((placement.miss_ids < 1000).sum()) if token >= 40 else 0
+        misses[policy] = missed
+    assert misses["lfu"] < 0.2 * misses["lru"]
+
+
+def test_old_uses_count_less() -> None:
+    """What was used at every token for long gives way in the end; weights are scaled back long before they overflow."""
+    cache = LeastFrequentlyUsed(1000, 10)
+    for _ in range(300):
+        cache.begin_token()
+        cache.place(np.arange(5, dtype=np.int32))
+    for token in range(400):
+        cache.begin_token()
+        cache.place(np.arange(100 + token % 8, 100 + token % 8 + 3, dtype=np.int32))
+    assert not np.isin(np.arange(5), cache.resident()).any()
+    for _ in range(60_000):
+        cache.begin_token()
+    assert 0 < cache._weight < 1e201 and np.isfinite(cache._count).all()
+    cache.place(np.arange(10, dtype=np.int32))
+    assert cache.resident().tolist() == list(range(10))
+
+
 @pytest.mark.parametrize("window", [None, 1, 4])
 def test_long_runs_agree_with_the_model(window: int | None) -> None:
     """Longer than the log, with neurons that come back as they do in a model: many times its length in touches."""
@@ -137,15 +211,16 @@ def test_the_window_is_counted_in_tokens() -> None:
 
 
 def test_policies_by_name() -> None:
+    assert type(make_cache(4, 2, "lfu", None)) is LeastFrequentlyUsed
     assert type(make_cache(4, 2, "lru", None)) is LeastRecentlyUsed
     assert type(make_cache(4, 2, "window", 3)) is SlidingWindow
 
 
-@pytest.mark.parametrize("window", [None, 4])
-def test_a_token_costs_what_changes_not_what_is_kept(window: int | None) -> None:
+@pytest.mark.parametrize(("policy", "window"), [("lfu", None), ("lru", None), ("window", 4)])
+def test_a_token_costs_what_changes_not_what_is_kept(policy: str, window: int | None) -> None:
     """Eight million bytes of stamps are not compared for sixteen neurons: that would make a megabyte of truth values."""
     num_slots = 1 << 20
-    cache = make_cache(num_slots, num_slots, "lru" if window is None else "window", window)
+    cache = make_cache(2 * num_slots, num_slots, policy, window)
     cache.begin_token()
     cache.place(np.arange(num_slots, dtype=np.int32))
     rng = np.random.default_rng()
@@ -158,7 +233,7 @@ def test_a_token_costs_what_changes_not_what_is_kept(window: int | None) -> None
 
     def token() -> None:
         cache.begin_token()
-        cache.place(np.unique(rng.integers(0, num_slots, 16)).astype(np.int32))
+        cache.place(np.unique(rng.integers(0, 2 * num_slots, 16)).astype(np.int32))
 
     for _ in range((window or 0) + 1):  # what leaves the window at first is everything
         token()
