@@ -28,6 +28,13 @@ _observed_block = jit(observed_block_ffn, static_argnames=("compute_dtype",))
 _columns = jit(lambda predicted, start, length: jax.lax.dynamic_slice_in_dim(predicted, start, length, 1), static_argnums=2)
 
 
+def _dense_ffn(accumulator, ffn_in, up, down, up_bias, predicted, *, compute_dtype):
+    return block_ffn(accumulator, ffn_in, up, down, up_bias, up.shape[0], predicted, compute_dtype=compute_dtype)
+
+
+_dense = jit(_dense_ffn, static_argnames=("compute_dtype",))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tile:
     """Some tokens at the door of a layer's feed-forward block.
@@ -96,8 +103,7 @@ class StreamedFeedForward:
         for block in range(self._blocks):
             buffer = self._stream.take(layer * self._blocks + block)
             for number, tile in enumerate(tiles):
-                arguments = self._block_arguments(layer, block, buffer, masks[number])
-                sums[number] = _block(sums[number], tile.ffn_in, *arguments, compute_dtype=self._compute)
+                sums[number] = self._add_block(sums[number], tile, *self._block_arguments(layer, block, buffer, masks[number]))
             self._stream.give_back(buffer, sums[-1])
         return sums
 
@@ -110,8 +116,10 @@ class StreamedFeedForward:
             buffer = self._stream.take(layer * self._blocks + block)
             seen = []
             for number, tile in enumerate(tiles):
-                arguments = self._block_arguments(layer, block, buffer, masks[number])
-                sums[number], observed = _observed_block(sums[number], tile.ffn_in, *arguments, compute_dtype=self._compute)
+                *rows, count, mask = self._block_arguments(layer, block, buffer, masks[number])
+                sums[number], observed = _observed_block(
+                    sums[number], tile.ffn_in, *rows, np.int32(count), mask, compute_dtype=self._compute
+                )
                 seen.append(observed)
             self._stream.give_back(buffer, sums[-1])
             columns = slice(block * self._length, block * self._length + self._count(block))
@@ -119,17 +127,25 @@ class StreamedFeedForward:
                 rows[:, columns] = np.asarray(observed)[:, : self._count(block)]
         return sums, active
 
+    def _add_block(
+        self, total: jax.Array, tile: Tile, up: jax.Array, down: jax.Array, bias: jax.Array, count: int, mask: jax.Array | None
+    ) -> jax.Array:
+        if count == self._length:  # known when it is compiled, which spares many tokens a copy of the block
+            return _dense(total, tile.ffn_in, up, down, bias, mask, compute_dtype=self._compute)
+        return _block(total, tile.ffn_in, up, down, bias, np.int32(count), mask, compute_dtype=self._compute)
+
     def _padded_masks(self, tiles: Sequence[Tile]) -> list[jax.Array | None]:
         return [None if tile.predicted is None else jnp.pad(tile.predicted, ((0, 0), (0, self._padding))) for tile in tiles]
 
     def _block_arguments(self, layer: int, block: int, buffer: int, mask: jax.Array | None) -> tuple:
         rows = self._buffers[buffer]
         columns = None if mask is None else _columns(mask, np.int32(block * self._length), self._length)
-        return rows.up, rows.down, self._block_bias[layer][block], np.int32(self._count(block)), columns
+        return rows.up, rows.down, self._block_bias[layer][block], self._count(block), columns
 
     def warm_up(self, tile: Tile) -> None:
         rows, bias = self._buffers[0], self._block_bias[0][0]
-        _block(tile.residual, tile.ffn_in, rows.up, rows.down, bias, np.int32(0), None, compute_dtype=self._compute)
+        for block in {0, self._blocks - 1}:  # whole ones, and the last
+            self._add_block(tile.residual, tile, rows.up, rows.down, bias, self._count(block), None)
 
     def up_rows(self, layer: int) -> np.ndarray:
         """[F, D] the layer's up projection in the dtype of products; for the exact predictor, before the run."""
@@ -167,10 +183,3 @@ class ResidentFeedForward:
 
     def warm_up(self, tile: Tile) -> None:
         self.add_neurons(0, [tile])
-
-
-def _dense_ffn(accumulator, ffn_in, up, down, up_bias, predicted, *, compute_dtype):
-    return block_ffn(accumulator, ffn_in, up, down, up_bias, up.shape[0], predicted, compute_dtype=compute_dtype)
-
-
-_dense = jit(_dense_ffn, static_argnames=("compute_dtype",))

@@ -7,6 +7,7 @@ from it once, before any loader starts, and never move.
 import mmap
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 
 import numpy as np
 
@@ -38,10 +39,14 @@ class Slab:
         try:
             if made:
                 os.ftruncate(descriptor, num_bytes)
-            self._bytes = np.frombuffer(mmap.mmap(descriptor, num_bytes), np.uint8)
+            mapping = mmap.mmap(descriptor, num_bytes)
         except OSError as error:
             os.close(descriptor)
             raise RunError(f"shared memory: {num_bytes} bytes cannot be had: {error.strerror}") from error
+        # Rows are taken from all over the slab, and the kernel pins the pages of each read: few large pages make both cheaper.
+        with suppress(OSError):  # a kernel may have none
+            mapping.madvise(mmap.MADV_HUGEPAGE)
+        self._bytes = np.frombuffer(mapping, np.uint8)
         self.descriptor: int | None = descriptor
 
     def array(self, offset: int, shape: Sequence[int], dtype: np.dtype | type) -> np.ndarray:

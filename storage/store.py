@@ -210,7 +210,7 @@ def write_bundles(folder: Path, group: "zarr.Group", path: str, layout: BundleLa
         for block in blocks:
             stream.write(np.ascontiguousarray(block).view(np.uint8).data)
         if stream.tell() != layout.layer_bytes:
-            raise InflashError(f"{path}: expected {layout.layer_bytes} bytes of neurons, found {stream.tell()}")
+            raise InflashError(f"{folder}/{path}: expected {layout.layer_bytes} bytes of neurons, found {stream.tell()}")
         stream.write(write_index(layout.num_neurons, layout.bundle_bytes))
         stream.flush()
         os.fsync(stream.fileno())

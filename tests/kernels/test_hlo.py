@@ -200,7 +200,7 @@ DECODING: dict[str, Callable[[int], Case]] = {
 }
 ELSEWHERE = {
     *("_attention_decode", "_attention_chunk"),  # tests of their own, below
-    *("_after_ffn", "_put_row", "_columns", "_needed"),  # see no weights but norms
+    *("_after_ffn", "_put_row", "_columns"),  # see no weights but norms
     *("_observed_block", "_low_rank.scores", "_sign_bits.scores"),  # training and evaluation
 }
 

@@ -333,7 +333,7 @@ def test_a_model_that_computes_nonsense_says_so(tmp_path: Path) -> None:
 
 
 def test_a_loader_killed_while_generating_ends_the_call(store: Store) -> None:
-    with LLM(store.path, predictor="exact", cache_neurons=0.1, max_num_seqs=1, queue_depth=1) as llm:
+    with LLM(store.path, predictor="exact", cache_neurons=0.1, max_num_seqs=1, loaders=2, queue_depth=1) as llm:
         killed: list[float] = []
 
         def kill_once(_: int) -> None:

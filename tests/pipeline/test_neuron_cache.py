@@ -146,21 +146,19 @@ TestFrequency = FrequencyMachine.TestCase
 TestFrequency.settings = settings(max_examples=150, stateful_step_count=40)
 
 
-def test_what_is_used_often_survives_what_is_used_once() -> None:
-    """Forty neurons for every second token, among ever new ones that would fill the cache five times between two uses."""
-    rng, often = np.random.default_rng(), np.arange(40)
+def test_what_is_used_often_survives_a_burst_of_what_is_used_once() -> None:
+    """Forty neurons for twenty tokens, then more new ones than there are slots, then the forty again."""
     misses = {}
     for policy in ("lfu", "lru"):
-        cache = make_cache(100_000, 100, policy, None)
-        fresh = iter(range(1000, 100_000))
-        missed = 0
-        for token in range(200):
+        cache, often = make_cache(1000, 100, policy, None), np.arange(40, dtype=np.int32)
+        for token in range(30):
             cache.begin_token()
-            ids = [next(fresh) for _ in range(12)] + (rng.permutation(often)[:30].tolist() if token % 8 == 0 else [])
-            placement = cache.place(np.sort(np.asarray(ids, np.int32)))
-            missed += int((placement.miss_ids < 1000).sum()) if token >= 40 else 0
-        misses[policy] = missed
-    assert misses["lfu"] < 0.2 * misses["lru"]
+            fresh = np.arange(200 + 12 * token, 212 + 12 * token, dtype=np.int32)
+            cache.place(often if token < 20 else fresh)
+        cache.begin_token()
+        misses[policy] = len(cache.place(often).miss_ids)
+    assert misses["lfu"] <= 4
+    assert misses["lru"] == 40
 
 
 def test_old_uses_count_less() -> None:

@@ -155,7 +155,7 @@ def test_nothing_is_left_of_a_store_that_failed(tmp_path: Path) -> None:
 @pytest.mark.parametrize("rows", [127, 129])
 def test_a_layer_of_another_size_is_refused(tmp_path: Path, rows: int) -> None:
     with (
-        pytest.raises(InflashError, match=rf"layer 1: expected 65536 bytes of neurons, found {rows * 512}"),
+        pytest.raises(InflashError, match=rf"ffn/1/bundles: expected 65536 bytes of neurons, found {rows * 512}"),
         writing_store(tmp_path / "store", model_config(), "float32", "test") as writer,
     ):
         writer.write_neurons(1, iter([np.zeros((rows, 2, 64), np.float32)]))

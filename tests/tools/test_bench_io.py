@@ -23,7 +23,9 @@ def disk(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_a_folder_is_measured_and_left_as_it_was(disk: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_is_measured_and_left_as_it_was(
+    disk: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(bench_io, "SIZES", (4096, 16384))
     monkeypatch.setattr(bench_io.shutil, "which", lambda name: None)
     assert main(["bench", "io", str(disk), "--seconds", "0.1", "--file-mib", "8", "--bundle-bytes", "4096"]) == 0
@@ -34,14 +36,16 @@ def test_a_folder_is_measured_and_left_as_it_was(disk: Path, capsys: pytest.Capt
     assert document["loader_bytes_per_s"] > 0 < document["queue_bytes_per_s"]
     assert document["share"] == pytest.approx(document["loader_bytes_per_s"] / document["queue_bytes_per_s"])
     assert document["fio_bytes_per_s"] is None and document["bundle_bytes"] == 4096
-    assert "| inflash loaders |" in out and "fio" not in out
+    assert "| inflash loaders |" in out and "fio libaio" not in out and "(fio)" not in out
     assert list(disk.iterdir()) == []
 
 
 @pytest.mark.parametrize("start_bytes", [0, 8192, 100_000])
 def test_a_gap_pays_while_it_takes_less_time_than_a_read_takes_to_start(start_bytes: int) -> None:
     points = [
-        Point(size=size, depth=depth, bytes_per_s=size / (size + start_bytes) * 2e9 / (3 if depth == 1 else 1), fio_bytes_per_s=None)
+        Point(
+            size=size, depth=depth, bytes_per_s=size / (size + start_bytes) * 2e9 / (3 if depth == 1 else 1), fio_bytes_per_s=None
+        )
         for size in (4096, 65536, 1 << 20)
         for depth in (1, 64)
     ]
@@ -51,7 +55,10 @@ def test_a_gap_pays_while_it_takes_less_time_than_a_read_takes_to_start(start_by
 
 @pytest.mark.parametrize(
     ("flags", "message"),
-    [(["--bundle-bytes", "1000"], "--bundle-bytes: expected a multiple of 1024, found 1000"), (["nowhere"], "expected a store or a folder")],
+    [
+        (["--bundle-bytes", "1000"], "--bundle-bytes: expected a multiple of 1024, found 1000"),
+        (["nowhere"], "expected a store or a folder"),
+    ],
 )
 def test_bad_input_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], message: str) -> None:
     target = str(tmp_path / flags[0]) if flags == ["nowhere"] else str(tmp_path)

@@ -234,11 +234,14 @@ def test_every_engine_flag_reaches_its_option(words: list[str]) -> None:
         cache_neurons=0.5,
         window=4,
         policy="window",
+        prefetch="none",
+        overlap=False,
         max_num_seqs=3,
         max_model_len=99,
         compute_dtype="float32",
         loaders=5,
         queue_depth=6,
+        merge_gap=512,
         seed=7,
         verify=True,
     )
@@ -246,7 +249,8 @@ def test_every_engine_flag_reaches_its_option(words: list[str]) -> None:
     for field in fields(EngineOptions):
         value = getattr(wanted, field.name)
         assert value != field.default, f"{field.name} would pass without being handed on"
-        given += [flags.flag(field.name)] if value is True else [flags.flag(field.name), str(value)]
+        name = flags.flag(field.name)
+        given += [name] if value is True else ["--no-" + name.removeprefix("--")] if value is False else [name, str(value)]
     assert flags.engine_options(parse(*words, *given)) == wanted
 
 
