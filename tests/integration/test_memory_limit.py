@@ -19,7 +19,8 @@ from inflash.tools.memory_group import MemoryGroup, NoCgroup, memory_group
 
 pytestmark = pytest.mark.integration
 
-LIMIT = 330 << 20  # enough for the command to start, too little for JAX and the loaders
+LIMIT = 300 << 20  # enough for the command to start, too little for JAX and the loaders
+MANY_LOADERS = 4  # pages of libraries may be charged to another group, which leaves more of the limit
 
 
 @pytest.fixture
@@ -38,7 +39,17 @@ def test_the_groups_limit_is_what_a_run_is_measured_by(group: MemoryGroup, tmp_p
     line = {"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": body}
     (tmp_path / "in.jsonl").write_text(json.dumps(line) + "\n")
     command = inflash(
-        "run-batch", "-i", tmp_path / "in.jsonl", "-o", tmp_path / "out.jsonl", "--model", store.path, "--ffn", mode
+        "run-batch",
+        "-i",
+        tmp_path / "in.jsonl",
+        "-o",
+        tmp_path / "out.jsonl",
+        "--model",
+        store.path,
+        "--ffn",
+        mode,
+        "--loaders",
+        MANY_LOADERS,
     )
     done = group.run(command, capture_output=True, timeout=120)
     assert done.returncode == 2, done.stderr
