@@ -85,8 +85,7 @@ class LeastRecentlyUsed:
         pass
 
     def place(self, neuron_ids: np.ndarray) -> Placement:
-        if len(neuron_ids) > self.num_slots:
-            raise InflashError(f"neuron cache: {len(neuron_ids)} neurons asked for at once, found {self.num_slots} slots")
+        _check_fit(neuron_ids, self.num_slots)
         self._now += 1
         slots = self._slot_of[neuron_ids]
         hit = slots >= 0
@@ -190,8 +189,7 @@ class LeastFrequentlyUsed:
             self._weight = 1.0
 
     def place(self, neuron_ids: np.ndarray) -> Placement:
-        if len(neuron_ids) > self.num_slots:
-            raise InflashError(f"neuron cache: {len(neuron_ids)} neurons asked for at once, found {self.num_slots} slots")
+        _check_fit(neuron_ids, self.num_slots)
         self._call += 1
         slots = self._slot_of[neuron_ids]
         hit = slots >= 0
@@ -231,6 +229,11 @@ class LeastFrequentlyUsed:
             looks = min(2 * looks, self.num_slots)  # most of what was passed is in use
         self._hand = (self._hand + looks) % self.num_slots
         return passed[np.argpartition(self._count[passed], needed - 1)[:needed]]
+
+
+def _check_fit(neuron_ids: np.ndarray, num_slots: int) -> None:
+    if len(neuron_ids) > num_slots:
+        raise InflashError(f"neuron cache: {len(neuron_ids)} neurons asked for at once, found {num_slots} slots")
 
 
 def make_cache(num_neurons: int, num_slots: int, policy: str, window: int | None) -> NeuronCache:

@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from ..errors import RunError
 from ..storage.store import Store
+from .plot_file import new_figure, save_figure
 
 _PARTS = (("io_wait_ms", "I/O wait", "C3"), ("memory_ms", "memory management", "C1"), ("compute_ms", "compute", "C0"))
 
@@ -15,12 +15,7 @@ def save_plot(rows: list[dict[str, Any]], store: Store, memory_limit: int, file:
     Raises:
       RunError: the file cannot be written.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (whole, parts) = pyplot.subplots(1, 2, figsize=(13, 0.5 * len(rows) + 2), layout="constrained")
+    figure, (whole, parts) = new_figure(2, (13, 0.5 * len(rows) + 2))
     names = [row["name"] for row in rows]
     bars = whole.barh(names, [row["total_ms"] for row in rows], color="C0")
     whole.bar_label(bars, labels=[f"{row['total_ms']:,.0f} ms" for row in rows], padding=4)
@@ -38,9 +33,4 @@ def save_plot(rows: list[dict[str, Any]], store: Store, memory_limit: int, file:
         axis.grid(axis="x", alpha=0.3)
         axis.margins(x=0.18)
     figure.suptitle(f"{store.path.name}: {store.num_bytes / 2**30:.1f} GiB of weights, {memory_limit / 2**30:.1f} GiB of memory")
-    try:
-        figure.savefig(file, dpi=150)
-    except (OSError, ValueError) as error:
-        raise RunError(f"{file}: the plot cannot be written: {error}") from error
-    finally:
-        pyplot.close(figure)
+    save_figure(figure, file)

@@ -42,7 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
     store = open_store(arguments.model)
     rows = [name for name in ROWS if name in arguments.rows]
     if arguments.plot:
-        from .evaluation_plot import check_plot
+        from .plot_file import check_plot
 
         check_plot(arguments.plot)
     configs = _configs(store, arguments, rows)

@@ -25,7 +25,7 @@ def run(arguments: argparse.Namespace) -> int:
             f"--decode: expected 1 to {min(store.config.max_positions, _LONGEST_DECODED) - 1} tokens, found {arguments.decode}"
         )
     if arguments.plot:
-        from .evaluation_plot import check_plot
+        from .plot_file import check_plot
 
         check_plot(arguments.plot)  # before an hour of work rather than after
     document = _judge(store, arguments)

@@ -3,24 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from ..errors import InflashError, RunError
-
-
-def check_plot(file: Path) -> None:
-    """Finds what would keep `save_plot` from writing the file.
-
-    Raises:
-      InflashError: matplotlib is missing, there is no such folder, or no such kind of image.
-    """
-    try:
-        from matplotlib.backend_bases import FigureCanvasBase
-    except ImportError as error:
-        raise InflashError("--plot needs matplotlib, which is not installed; run pip install 'inflash[plot]'") from error
-    if not file.absolute().parent.is_dir():
-        raise InflashError(f"--plot: {file.absolute().parent}: this folder does not exist; make it first")
-    kinds = sorted(FigureCanvasBase.get_supported_filetypes())
-    if file.suffix.removeprefix(".").lower() not in kinds:
-        raise InflashError(f"--plot: {file}: expected a name that ends in one of {', '.join(kinds)}")
+from .plot_file import new_figure, save_figure
 
 
 def save_plot(document: dict[str, Any], file: Path) -> None:
@@ -29,12 +12,7 @@ def save_plot(document: dict[str, Any], file: Path) -> None:
     Raises:
       RunError: the file cannot be written.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 3, figsize=(15, 4.5), layout="constrained")
+    figure, axes = new_figure(3, (15, 4.5))
     by_layer, missed, trade = axes
     for number, (name, figures) in enumerate(document["predictors"].items()):
         colour, layers = f"C{number % 10}", figures["layers"]
@@ -58,12 +36,7 @@ def save_plot(document: dict[str, Any], file: Path) -> None:
         axis.set_ylim(bottom=0)
     dense = document["dense"]["perplexity"]
     figure.suptitle(f"{Path(document['model']).name}: {document['tokens']} tokens, dense perplexity {dense:.2f}")
-    try:
-        figure.savefig(file, dpi=150)
-    except (OSError, ValueError) as error:
-        raise RunError(f"{file}: the plot cannot be written: {error}") from error
-    finally:
-        pyplot.close(figure)
+    save_figure(figure, file)
 
 
 def _label(axis: Any, title: str, x: str, y: str) -> None:

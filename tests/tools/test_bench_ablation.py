@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -78,10 +79,12 @@ def test_long_runs_tell_of_drift(store: Store) -> None:
     assert drift["first_total_ms"] > 0 < drift["last_total_ms"]
 
 
-def test_the_command(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command(store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib", reason="plots are an optional extra")
     before = sorted(path.name for path in store.path.parent.iterdir())
     command = ["bench", "ablation", str(store.path), "--memory-limit", LIMIT, *SHORT, "--rows", "window,lookahead"]
-    assert main(command) == 0
+    assert main([*command, "--plot", str(tmp_path / "rows.png")]) == 0
+    assert (tmp_path / "rows.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     out = capsys.readouterr().out
     document = json.loads(out.splitlines()[-1])
     assert [row["name"] for row in document["rows"]] == ["window", "lookahead"]
