@@ -343,6 +343,7 @@ def test_bad_tasks_are_told_in_a_sentence(harness: Any, llm: LLM, tmp_path: Path
 def test_what_was_changed_for_a_run_is_put_back(harness: Any, llm: LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_choices(tmp_path)
     monkeypatch.delenv("DISABLE_MULTIPROC", raising=False)
+    harness.evaluate_tasks(llm, ["inflash_choices"], tmp_path, limit=1)  # libraries set variables when they are first imported
     before = dict(harness.os.environ), harness.datasets.load_dataset, harness.lm_eval.api.task.tqdm
     harness.evaluate_tasks(llm, ["inflash_choices"], tmp_path, limit=1)
     assert (dict(harness.os.environ), harness.datasets.load_dataset, harness.lm_eval.api.task.tqdm) == before
