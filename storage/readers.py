@@ -36,9 +36,6 @@ class ReadCount:
     reads: int
     num_bytes: int
 
-    def __add__(self, other: "ReadCount") -> "ReadCount":
-        return ReadCount(self.reads + other.reads, self.num_bytes + other.num_bytes)
-
 
 class BundleReader(Protocol):
     """Reads neurons of one layer into slots."""
