@@ -1,22 +1,24 @@
 """Kernels in C++ in the place of XLA's, where a compiled library of them is there: faster, and the same results but for rounding.
 
-Axes: B sequences (at most `FEW_ROWS`), K inputs of a linear layer, N its outputs, D d_model, F d_ff, S slots, P places of a gather.
+Axes: B sequences (at most `FEW_ROWS`), K inputs of a linear layer, N its outputs, D d_model, F d_ff, S slots, P places of a gather,
+R predictor rank.
 
 `inflash build-kernels` compiles `native.cc` for this machine; `pipeline.native_library` finds the result and registers it here. Until
 then, and where there is none, every kernel is XLA's.
 """
 
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from .row_products import FEW_ROWS
 
 _DTYPES = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32))
-_TARGETS = ("inflash_linear", "inflash_ffn")
+_TARGETS = ("inflash_linear", "inflash_predict", "inflash_ffn")
 
 _registered: list[ctypes.CDLL] = []  # kept for as long as the process lives, as XLA has its addresses
 _used = [False]
@@ -75,6 +77,19 @@ def native_linear(
     out = jax.ShapeDtypeStruct((x.shape[0], weight.shape[0]), jnp.float32)
     bias = jnp.zeros(0, jnp.float32) if bias is None else bias
     return jax.ffi.ffi_call("inflash_linear", out)(_f32(x), weight, _f32(bias))
+
+
+def native_predict(
+    x: jax.Array,  # [B, D] f32
+    predictors: Sequence[
+        tuple[jax.Array, jax.Array, jax.Array, jax.Array]
+    ],  # first [R, D], second [F, R], bias [F] f32, threshold [1] f32
+    relu: Sequence[bool],  # for each: whether there is one between the products
+) -> list[jax.Array]:
+    """`predict_low_rank` for predictors in one dtype, bf16 or f32, with operands in it: [B, F] bool each."""
+    named = [jax.ShapeDtypeStruct((x.shape[0], second.shape[0]), jnp.bool_) for _, second, _, _ in predictors]
+    weights = [part for first, second, *vectors in predictors for part in (first, second, *map(_f32, vectors))]
+    return jax.ffi.ffi_call("inflash_predict", named)(_f32(x), *weights, relu=np.asarray(relu, np.int32))
 
 
 def native_ffn(

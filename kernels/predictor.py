@@ -3,13 +3,33 @@
 Axes: B batch, D d_model, F d_ff, R predictor rank, W bytes of a packed row (D / 8, rounded up).
 """
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
 from .linear import linear
+from .native import native_predict, serves
 from .row_products import FEW_ROWS, dot_rows
 
 _BITS = 8
+
+
+class LowRank(NamedTuple):
+    """One layer's low-rank predictor, first and second in the same dtype.
+
+    Attributes:
+      first: [R, D], the paper's A.
+      second: [F, R], the paper's B.
+      bias: [F] f32.
+      threshold: [1] f32, neurons with larger scores are named.
+    """
+
+    first: jax.Array
+    second: jax.Array
+    bias: jax.Array
+    threshold: jax.Array
 
 
 def low_rank_scores(
@@ -48,15 +68,21 @@ def sign_scores(
 
 def predict_low_rank(
     h: jax.Array,  # [B, D] f32
-    first: jax.Array,  # [R, D]
-    second: jax.Array,  # [F, R]
-    bias: jax.Array,  # [F] f32
-    threshold: jax.Array,  # [1] f32
-    *,
-    between: str = "none",
-) -> jax.Array:
-    """Neurons whose `low_rank_scores` exceed the threshold: [B, F] bool."""
-    return low_rank_scores(h, first, second, bias, between=between) > threshold[0]
+    *predictors: LowRank,
+    between: Sequence[str],
+) -> list[jax.Array]:
+    """For each predictor the neurons whose `low_rank_scores` exceed its threshold: [B, F] bool.
+
+    Args:
+      between: as for `low_rank_scores`, for each predictor.
+    """
+    matrices = [matrix for predictor in predictors for matrix in (predictor.first, predictor.second)]
+    if serves(h.shape[0], matrices[0].dtype, *matrices):
+        return native_predict(h, predictors, [each == "relu" for each in between])
+    return [
+        low_rank_scores(h, one.first, one.second, one.bias, between=each) > one.threshold[0]
+        for one, each in zip(predictors, between, strict=True)
+    ]
 
 
 def predict_signs(

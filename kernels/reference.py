@@ -65,9 +65,12 @@ def append_chunk(cache: Array, new: Array, slot: int, start: int, count: int) ->
     return cache
 
 
-def predict(h: Array, first: Array, second: Array, bias: Array, threshold: float) -> tuple[Array, Array]:
+def predict(h: Array, first: Array, second: Array, bias: Array, threshold: float, between: str = "none") -> tuple[Array, Array]:
     """Which neurons [B, F] bool, and how far each score is from the threshold."""
-    margin = f64(h) @ f64(first).T @ f64(second).T + f64(bias) - threshold
+    coordinates = f64(h) @ f64(first).T
+    if between == "relu":
+        coordinates = np.maximum(coordinates, 0)
+    margin = coordinates @ f64(second).T + f64(bias) - threshold
     return margin > 0, margin
 
 

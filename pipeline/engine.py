@@ -42,6 +42,7 @@ from .predictors import (
     StoredPredictor,
     choose_predictor,
     choose_prefetch,
+    predict_and_guess,
 )
 from .slab import Slab, SlabPlan
 from .step_times import StepTimes
@@ -222,8 +223,7 @@ class Engine:
                     x, weights, self._keys[layer], self._values[layer], positions, self.shape, num_positions=bound
                 )
                 self.matrices.give_back_attention(layer, residual)
-                tile = self._predicting(layer, Tile(residual=residual, ffn_in=ffn_in, active=active), before)
-                tile = self._guessing(layer, tile)
+                tile = self._predicting(layer, Tile(residual=residual, ffn_in=ffn_in, active=active), before, guess=True)
                 (x,) = self._decode_ffn.add_neurons(layer, [tile])  # B to F
                 x, before = self.after_ffn(layer, x), tile
             (logits,) = self.matrices.logits([x])  # H
@@ -284,18 +284,21 @@ class Engine:
         )
         return Tile(residual=residual, ffn_in=ffn_in, active=np.arange(len(x)) < chunk.count)
 
-    def _predicting(self, layer: int, tile: Tile, before: Tile | None) -> Tile:
-        """The tile with its predicted neurons, where there is a predictor; `before` is the same tokens' tile of the layer before."""
+    def _predicting(self, layer: int, tile: Tile, before: Tile | None, *, guess: bool = False) -> Tile:
+        """The tile with its predicted neurons, where there is a predictor.
+
+        Args:
+          layer, tile: whose neurons.
+          before: the same tokens' tile of the layer before.
+          guess: also what the next layer will likely need (G), where that is read early.
+        """
         if self._predictor is None:
             return tile
         read = before.ffn_in if self._predictor.ahead and before is not None else tile.ffn_in
+        if guess and self._ahead is not None and layer + 1 < self.config.num_layers:
+            predicted, guessed = predict_and_guess(self._predictor, self._ahead, layer, read, tile.ffn_in)
+            return replace(tile, predicted=predicted, guessed=guessed)
         return replace(tile, predicted=self._predictor.predict(layer, read))
-
-    def _guessing(self, layer: int, tile: Tile) -> Tile:
-        """The tile with what the next layer will likely need (G), where that is read early."""
-        if self._ahead is None or layer + 1 == self.config.num_layers:
-            return tile
-        return replace(tile, guessed=self._ahead.predict(layer + 1, tile.ffn_in))
 
     def after_ffn(self, layer: int, x: jax.Array) -> jax.Array:
         """What follows the layer's neurons, [B, D] to [B, D]: the post-LN norm, or nothing."""
@@ -314,7 +317,7 @@ class Engine:
         self.after_ffn(0, x)
         tile = Tile(residual=x, ffn_in=x, active=nothing > 0)
         for layer in reversed(range(self.config.num_layers)):  # ranks may differ from layer to layer
-            tile = self._guessing(layer, self._predicting(layer, tile, None))
+            tile = self._predicting(layer, tile, None, guess=True)
         self._decode_ffn.warm_up(tile)
         self.matrices.warm_up(x)
         for size in CHUNK_SIZES:

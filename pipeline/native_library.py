@@ -23,7 +23,7 @@ import jax
 from ..errors import InflashError, RunError
 from ..kernels import native
 
-SOURCE = Path(__file__).parents[1] / "kernels" / "native.cc"
+SOURCES = [Path(__file__).parents[1] / "kernels" / name for name in ("native.cc", "native_rows.h")]  # the first is compiled
 COMPILERS = ("c++", "g++", "clang++")
 FLAGS = ("-std=c++17", "-O3", "-shared", "-fPIC", "-fvisibility=hidden", "-pthread")
 MACHINE_FLAGS = (("-march=native",), ("-mcpu=native",), ())  # the first that the compiler knows; some call it -mcpu on ARM
@@ -55,7 +55,7 @@ def _wanted() -> str:
 def path() -> Path:
     """Where the library for this machine and this version lies, or would lie, in the user's cache."""
     parts = (
-        SOURCE.read_text(),
+        *(source.read_text() for source in SOURCES),
         metadata.version("jaxlib"),
         platform.system(),
         platform.machine(),
@@ -79,7 +79,7 @@ def build() -> Build:
     with tempfile.TemporaryDirectory(prefix=".building-", dir=library.parent) as folder:
         new = Path(folder) / library.name
         for machine_flags in MACHINE_FLAGS:
-            command = (*compiler, *FLAGS, *machine_flags, "-isystem", jax.ffi.include_dir(), str(SOURCE), "-o", str(new))
+            command = (*compiler, *FLAGS, *machine_flags, "-isystem", jax.ffi.include_dir(), str(SOURCES[0]), "-o", str(new))
             try:
                 ended = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=_BUILD_TIMEOUT_S)
             except (OSError, subprocess.TimeoutExpired) as error:

@@ -12,7 +12,7 @@ import numpy as np
 
 from ..errors import InflashError
 from ..kernels.compilation import jit
-from ..kernels.predictor import low_rank_scores, predict_exact, predict_low_rank, predict_signs, sign_scores
+from ..kernels.predictor import LowRank, low_rank_scores, predict_exact, predict_low_rank, predict_signs, sign_scores
 from ..storage import predictor_layout
 from ..storage.predictor_layout import BY_NEURON, LOW_RANK, PredictorInfo
 from ..storage.predictor_store import load_predictor_layer
@@ -20,11 +20,10 @@ from ..storage.store import Store
 from .weights import ModelWeights, alias, aligned_empty, on_device
 
 _predict_exact = jit(predict_exact)
-_low_rank = {
-    "scores": jit(low_rank_scores, static_argnames="between"),
-    "predict": jit(predict_low_rank, static_argnames="between"),
-}
-_sign_bits = {"scores": jit(sign_scores), "predict": jit(predict_signs)}
+_low_rank_scores = jit(low_rank_scores, static_argnames="between")
+_predict_low_rank = jit(predict_low_rank, static_argnames="between")
+_sign_scores = jit(sign_scores)
+_predict_signs = jit(predict_signs)
 
 UpRows = Callable[[int], np.ndarray]
 """Reads one layer's up rows [F, D], in the order of the neurons on flash, in the dtype of products."""
@@ -86,35 +85,67 @@ class LayerPredictor:
     Attributes:
       num_bytes: of its weights.
       threshold: neurons with a larger score are named.
+      low_rank: two matrices; else sign bits.
+      between: what is done between the matrices.
     """
 
     def __init__(self, info: PredictorInfo, tensors: dict[str, np.ndarray]) -> None:
         """Takes the tensors of `predictor_specs`, neurons in the order of the store."""
-        self._kernels, self._static = (_low_rank, {"between": info.between}) if info.kind == LOW_RANK else (_sign_bits, {})
+        self.low_rank, self.between = info.kind == LOW_RANK, info.between
         self._weights = {name: alias(_usable(values)) for name, values in tensors.items()}
         self.num_bytes = sum(array.nbytes for array in self._weights.values())
-        self._threshold = self._weights.pop("threshold")
-        self.threshold = float(self._threshold[0])
+        self.threshold = float(self._weights["threshold"][0])
 
     def scores(self, ffn_in: jax.Array) -> jax.Array:
         """[T, D] f32 to [T, F] f32."""
-        return self._kernels["scores"](ffn_in, **self._weights, **self._static)
+        weights = {name: values for name, values in self._weights.items() if name != "threshold"}
+        return _low_rank_scores(ffn_in, **weights, between=self.between) if self.low_rank else _sign_scores(ffn_in, **weights)
 
     def predict(self, ffn_in: jax.Array) -> jax.Array:
         """[T, D] f32 to [T, F] bool."""
-        return self._kernels["predict"](ffn_in, **self._weights, threshold=self._threshold, **self._static)
+        return self.predict_with(ffn_in)[0] if self.low_rank else _predict_signs(ffn_in, **self._weights)
+
+    def predict_with(self, ffn_in: jax.Array, *others: "LayerPredictor") -> list[jax.Array]:
+        """What this one and the others, all of low rank, name from the same inputs, in one call: [T, F] bool each."""
+        weights = [LowRank(**predictor._weights) for predictor in (self, *others)]
+        return _predict_low_rank(ffn_in, *weights, between=tuple(predictor.between for predictor in (self, *others)))
 
 
 class StoredPredictor:
-    """A predictor of the store, every layer in memory."""
+    """A predictor of the store, every layer in memory.
+
+    Attributes:
+      layers: by number.
+    """
 
     def __init__(self, store: Store, name: str, *, verify: bool = False) -> None:
         self.name, self.ahead = name, store.predictors[name].ahead
-        self._layers = [load_layer(store, name, layer, verify=verify) for layer in range(store.config.num_layers)]
-        self.num_bytes = sum(layer.num_bytes for layer in self._layers)
+        self.layers = [load_layer(store, name, layer, verify=verify) for layer in range(store.config.num_layers)]
+        self.num_bytes = sum(layer.num_bytes for layer in self.layers)
 
     def predict(self, layer: int, ffn_in: jax.Array) -> jax.Array:
-        return self._layers[layer].predict(ffn_in)
+        return self.layers[layer].predict(ffn_in)
+
+
+def predict_and_guess(
+    predictor: Predictor, ahead: StoredPredictor, layer: int, read: jax.Array, ffn_in: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The neurons that a layer needs, and those that the next one will likely need: [T, F] bool each.
+
+    Two predictors of low rank that read the same cost one call, which is what small products mostly cost.
+
+    Args:
+      predictor, ahead: for this layer and for the next.
+      layer: this one.
+      read: [T, D] f32, what `predictor` reads.
+      ffn_in: [T, D] f32, this layer's FFN input, which `ahead` reads.
+    """
+    if read is ffn_in and isinstance(predictor, StoredPredictor):
+        now, soon = predictor.layers[layer], ahead.layers[layer + 1]
+        if now.low_rank and soon.low_rank:
+            predicted, guessed = now.predict_with(ffn_in, soon)
+            return predicted, guessed
+    return predictor.predict(layer, read), ahead.predict(layer + 1, ffn_in)
 
 
 def load_layer(store: Store, name: str, layer: int, *, verify: bool = False) -> LayerPredictor:

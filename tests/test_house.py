@@ -186,6 +186,7 @@ def test_the_wheel_holds_only_inflash(tmp_path: Path) -> None:
     data = {f"inflash/{path.relative_to(ROOT)}" for path in (ROOT / "tools" / "embedded").glob("*")} | {
         "inflash/py.typed",
         "inflash/kernels/native.cc",
+        "inflash/kernels/native_rows.h",
     }
     assert {name for name in names if ".dist-info/" not in name} == product | data
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)

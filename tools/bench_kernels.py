@@ -29,7 +29,7 @@ from ..kernels import native
 from ..kernels.compilation import jit
 from ..kernels.decoder_layer import LayerShape, attention_decode
 from ..kernels.linear import linear
-from ..kernels.predictor import predict_low_rank
+from ..kernels.predictor import LowRank, predict_low_rank
 from ..kernels.sparse_ffn import block_ffn, gathered_ffn
 from ..pipeline import native_library
 from .table import table
@@ -90,7 +90,7 @@ class _Weights:
         self.up_bias = self.vectors(d_ff)
         self.loud_bias = jnp.full(d_ff, 100, jnp.float32)  # no ReLU silences such a neuron
         self.head = self.matrix(vocab, d_model)
-        self.first, self.second = self.matrix(RANK, d_model), self.matrix(d_ff, RANK)
+        self.predictors = [(self.matrix(RANK, d_model), self.matrix(d_ff, RANK)) for _ in range(2)]
         names = (
             "attention_norm_scale",
             "attention_norm_bias",
@@ -179,16 +179,16 @@ def _cases(weights: _Weights, batch: int) -> list[_Case]:
     threshold = jnp.zeros(1, jnp.float32)
     qkv, out = weights.attention["qkv"], weights.attention["attention_out"]
     ffn_bytes, projection_bytes = weights.up.nbytes + weights.down.nbytes, qkv.nbytes + out.nbytes
-    predictor = (x, weights.first, weights.second, weights.up_bias, threshold)
+    now, soon = (LowRank(first, second, weights.up_bias, threshold) for first, second in weights.predictors)
+    predict, predict_two = (partial(predict_low_rank, between=("none",) * number) for number in (1, 2))
+    predictor_bytes = now.first.nbytes + now.second.nbytes
     dense = partial(block_ffn, count=d_ff, compute_dtype="bfloat16")
     kernels: dict[str, tuple[int, Callable[[_Case], Call]]] = {
         "linear": (weights.up.nbytes, lambda case: case.plain(linear, x, weights.up, weights.up_bias)),
         "attention projections": (projection_bytes, lambda case: case.plain(_projections, x, qkv, out)),
         "head": (weights.head.nbytes, lambda case: case.plain(linear, x, weights.head)),
-        "predictor": (
-            weights.first.nbytes + weights.second.nbytes,
-            lambda case: case.plain(predict_low_rank, *predictor),
-        ),
+        "predictor": (predictor_bytes, lambda case: case.plain(predict, x, now)),
+        "predictor and look-ahead": (2 * predictor_bytes, lambda case: case.plain(predict_two, x, now, soon)),
         "attention": (projection_bytes + batch * POSITIONS * d_model * 8, lambda case: _attention(case, weights, x)),
         "gathered_ffn": (ffn_bytes * active // d_ff, lambda case: _gathered(case, weights, x, active)),
         "dense_ffn": (ffn_bytes, lambda case: case.plain(dense, x, x, weights.up, weights.down, weights.loud_bias)),

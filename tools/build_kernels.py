@@ -1,6 +1,6 @@
 """`inflash build-kernels`: compiles the native kernels for this machine and checks them against XLA's on random inputs.
 
-Axes: B batch, D d_model, F d_ff, K gathered neurons.
+Axes: B batch, D d_model, F d_ff, K gathered neurons, R predictor rank.
 """
 
 import argparse
@@ -17,11 +17,12 @@ from ..errors import InflashError, RunError
 from ..kernels import native
 from ..kernels.compilation import jit
 from ..kernels.linear import linear
+from ..kernels.predictor import LowRank, low_rank_scores, predict_low_rank
 from ..kernels.sparse_ffn import block_ffn, gathered_ffn
 from ..pipeline import native_library
 
 BATCHES = (1, 3, 8)
-D_MODEL, D_FF, ACTIVE = 200, 500, 97
+D_MODEL, D_FF, ACTIVE, RANK = 200, 500, 97, 40
 TOLERANCE = 1e-2  # of the largest value: an activation may be rounded to the other of two neighbours in bfloat16
 
 
@@ -68,6 +69,13 @@ def _differences() -> dict[str, float]:
     return found
 
 
+def _named_scores(x: jax.Array, predictor: LowRank) -> jax.Array:
+    """How far above the threshold a named neuron's score lies, 0 for the others: continuous, whoever lies next to the threshold."""
+    first, second, bias, threshold = predictor
+    (named,) = predict_low_rank(x, predictor, between=("relu",))
+    return jnp.where(named, low_rank_scores(x, first, second, bias, between="relu") - threshold, 0.0)
+
+
 def _traced(function: Callable[..., jax.Array], native_form: bool) -> Callable[..., np.ndarray]:
     def form(*operands: Any) -> jax.Array:
         with native.choosing(native_form):
@@ -87,8 +95,10 @@ def _calls(rng: np.random.Generator, batch: int, dtype: np.dtype) -> dict[str, t
     bias, predicted = array(D_FF), jnp.asarray(rng.random((batch, D_FF)) < 0.7)
     slots, neuron_ids = (jnp.asarray(rng.permutation(D_FF)[:ACTIVE], jnp.int32) for _ in range(2))
     count = jnp.int32(ACTIVE - 5)
+    predictor = LowRank(array(RANK, D_MODEL).astype(dtype), array(D_FF, RANK).astype(dtype), bias, array(1))
     return {
         "linear": (linear, (x, up, bias)),
+        "predict_low_rank": (_named_scores, (x, predictor)),
         "gathered_ffn": (
             partial(gathered_ffn, compute_dtype=dtype),
             (x, x, up, down, bias, predicted, slots, neuron_ids, count),

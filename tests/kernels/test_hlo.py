@@ -24,6 +24,7 @@ from inflash.kernels.attention import append_decode
 from inflash.kernels.compilation import jit
 from inflash.kernels.decoder_layer import LayerShape, attention_decode
 from inflash.kernels.linear import linear
+from inflash.kernels.predictor import LowRank
 from inflash.pipeline import cached_feed_forward, engine, feed_forward, matrix_source, predictors
 
 D, F, H, C, S, K, R, V = 1024, 4096, 16, 256, 2048, 1024, 256, 50272
@@ -157,14 +158,15 @@ def cache(batch: int) -> jax.ShapeDtypeStruct:
 
 
 def signs(batch: int) -> Lowered:
-    return predictors._sign_bits["predict"].lower(
+    return predictors._predict_signs.lower(
         f32(batch, D), signs=jax.ShapeDtypeStruct((F, D // 8), jnp.uint8), scale=f32(F), bias=f32(F), threshold=f32(1)
     )
 
 
 def low_rank(batch: int) -> Lowered:
-    weights = {"first": bf16(R, D), "second": bf16(F, R), "bias": f32(F), "threshold": f32(1)}
-    return predictors._low_rank["predict"].lower(f32(batch, D), **weights, between="none")
+    """This layer's and the next one's, together."""
+    weights = LowRank(first=bf16(R, D), second=bf16(F, R), bias=f32(F), threshold=f32(1))
+    return predictors._predict_low_rank.lower(f32(batch, D), weights, weights, between=("none", "relu"))
 
 
 def gathered(batch: int) -> Lowered:
@@ -191,8 +193,8 @@ DECODING: dict[str, Callable[[int], Case]] = {
         D // 2 * D,
     ),
     "_final_hidden": lambda batch: (matrix_source._final_hidden.lower(f32(batch, D), tables(D // 2), SHAPE), D // 2 * D),
-    "_low_rank.predict": lambda batch: (low_rank(batch), R * D),
-    "_sign_bits.predict": lambda batch: (signs(batch), F * D // 8),
+    "_predict_low_rank": lambda batch: (low_rank(batch), R * D),
+    "_predict_signs": lambda batch: (signs(batch), F * D // 8),
     "_predict_exact": lambda batch: (predictors._predict_exact.lower(f32(batch, D), bf16(F, D), f32(F)), F * D),
     "_gathered": lambda batch: (gathered(batch), K * D),
     "_block": lambda batch: (block(batch), S * D),
@@ -201,7 +203,7 @@ DECODING: dict[str, Callable[[int], Case]] = {
 ELSEWHERE = {
     *("_attention_decode", "_attention_chunk"),  # tests of their own, below
     *("_after_ffn", "_put_row", "_columns"),  # see no weights but norms
-    *("_observed_block", "_low_rank.scores", "_sign_bits.scores"),  # training and evaluation
+    *("_observed_block", "_low_rank_scores", "_sign_scores"),  # training and evaluation
 }
 
 

@@ -16,11 +16,13 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from low_rank_predictors import assert_named, random_predictor
 
 from inflash.errors import InflashError, RunError
 from inflash.kernels import native
 from inflash.kernels.compilation import jit
 from inflash.kernels.linear import linear
+from inflash.kernels.predictor import predict_low_rank
 from inflash.kernels.sparse_ffn import block_ffn, gathered_ffn
 from inflash.pipeline import native_library
 
@@ -96,6 +98,22 @@ def test_linear(rng, kernels, batch, dtype):
         chosen = linear(jnp.asarray(x), jnp.asarray(weight), jnp.asarray(bias))
         np.testing.assert_allclose(plain, expected, rtol=0, atol=2e-6 * num_inputs + 1e-6)
         np.testing.assert_allclose(chosen, expected + bias, rtol=0, atol=2e-6 * num_inputs + 1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("batch", range(1, 9))
+def test_predict_low_rank(rng, kernels, batch, dtype):
+    """One, two and three of them in one call, of different ranks and numbers of neurons."""
+    betweens = ("none", "relu", "none")
+    for count in (1, 2, 3):
+        width = int(rng.choice(EDGES[2:]))
+        h = normal(rng, batch, width)
+        sizes = [(int(rng.choice([200, 257, 1000])), int(rng.choice([5, 31, 32, 40, 129]))) for _ in range(count)]
+        predictors = [random_predictor(rng, width, d_ff, rank, dtype) for d_ff, rank in sizes]
+        for between, predictor, found in zip(
+            betweens, predictors, predict_low_rank(jnp.asarray(h), *predictors, between=betweens[:count]), strict=False
+        ):
+            assert_named(np.asarray(found), h, predictor, between)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -1,7 +1,7 @@
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from low_rank_predictors import assert_named, random_predictor
 
 from inflash.kernels import reference
 from inflash.kernels.compilation import jit
@@ -16,17 +16,12 @@ def test_low_rank_agrees_away_from_the_threshold(batch, sizes, dtype):
     rng = np.random.default_rng()
     d_model, d_ff, rank = sizes
     h = rng.standard_normal((batch, d_model)).astype(np.float32)
-    first = (rng.standard_normal((rank, d_model)) / d_model**0.5).astype(dtype)
-    second = rng.standard_normal((d_ff, rank)).astype(dtype)
-    bias = rng.standard_normal(d_ff).astype(np.float32)
-    threshold = rng.standard_normal(1).astype(np.float32)
-    expected, margin = reference.predict(h.astype(dtype), first, second, bias, float(threshold[0]))
-    found = np.asarray(jit(predict_low_rank)(h, jnp.asarray(first), jnp.asarray(second), bias, threshold))
-    # Between the two products values of size 1 are rounded: 2**-9 in bfloat16, summed over the rank.
-    clear = np.abs(margin) > (0.02 * rank**0.5 if dtype != np.float32 else 1e-4)
-    assert found.dtype == bool and clear.mean() > 0.8
-    np.testing.assert_array_equal(found[clear], expected[clear])
-    assert 0 < found.mean() < 1
+    predictors = [random_predictor(rng, d_model, d_ff, r, dtype) for r in (rank, 3 * rank)]
+    alone = jit(predict_low_rank, static_argnames="between")(h, predictors[0], between=("none",))
+    both = jit(predict_low_rank, static_argnames="between")(h, *predictors, between=("none", "relu"))
+    np.testing.assert_array_equal(alone[0], both[0])
+    for found, predictor, between in zip(both, predictors, ("none", "relu"), strict=True):
+        assert_named(np.asarray(found), h, predictor, between)
 
 
 @pytest.mark.parametrize("batch", [1, 9])
