@@ -9,6 +9,7 @@ position. Writing is in place where the caller donates the cache. Positions beyo
 import jax
 import jax.numpy as jnp
 
+from .native import native_attend, serves_cache
 from .row_products import join_spans, mix, one_pass_sums, row_spans
 
 _FAR_BELOW = -1e30  # a masked score; finite, so that a row without any position stays a number
@@ -38,6 +39,8 @@ def attend_decode(
       num_positions: P, static: no length exceeds it, so positions from there on are not even read. None: C. Fast when it is a
         multiple of 16.
     """
+    if serves_cache(keys, values):
+        return native_attend(query, keys, values, lengths)
     batch, num_heads, capacity, head_dim = keys.shape
     looked_at = capacity if num_positions is None else num_positions
     query = (query * head_dim**-0.5)[:, :, None]

@@ -1,8 +1,11 @@
 // Kernels that read bf16 (or f32) weights at the memory's own rate, called by XLA through jax.ffi. kernels/native.py describes the calls.
 //
-// Axes: B batch (1 to 8), K inputs of a linear layer, N its outputs, D d_model, F d_ff, S slots, R predictor rank.
+// Axes: B batch (1 to 8), K inputs of a linear layer, N its outputs, D d_model, F d_ff, S slots, R predictor rank,
+// H heads, C capacity of the KV cache.
 
 #include "native_rows.h"
+
+#include <cmath>
 
 namespace inflash {
 namespace {
@@ -124,6 +127,44 @@ void add_neurons(ffi::ThreadPool& pool, const Neurons<typename Format::Element>&
              {(width + columns - 1) / columns, mix}});
 }
 
+// One head's cached positions, each a row of head_dim.
+struct Head {
+  const float *query, *keys, *values;
+  int64_t length, head_dim;
+  float* out;
+};
+
+// out = softmax(query . keys / sqrt(head_dim)) . values over all positions; zeros where there are none.
+inline void attend(const Head& head) {
+  constexpr int R = rows_together(1);
+  constexpr int64_t kAhead = 4 * R;  // positions
+  static_assert(R == kMixed);
+  const auto [query, keys, values, length, width, out] = head;
+  const int64_t most = (length + R - 1) / R * R;
+  float* x = scratch<float, 4>(num_operands<Float32, 1>(width));
+  std::fill(x, x + num_operands<Float32, 1>(width), 0.0f);
+  for (int64_t k = 0; k < width; ++k) x[k] = query[k] / std::sqrt(static_cast<float>(width));
+  float* shares = scratch<float, 5>(most);
+  const auto walk = [=](const float* matrix, const auto& add) {
+    for (int64_t i = 0; i < length; i += R) {
+      const float *rows[R], *next[R];
+      for (int r = 0; r < R; ++r) {
+        rows[r] = matrix + std::min(i + r, length - 1) * width;
+        next[r] = matrix + std::min(i + r + kAhead, length - 1) * width;
+      }
+      add(i, rows, next);
+    }
+  };
+  walk(keys, [=](int64_t i, const auto& rows, const auto& next) { dot_rows<Float32, 1, R>(rows, next, width, x, (float(*)[1])(shares + i)); });
+  const float largest = *std::max_element(shares, shares + std::max<int64_t>(1, length));
+  float total = 0;
+  for (int64_t i = 0; i < length; ++i) total += shares[i] = std::exp(shares[i] - largest);
+  std::fill(shares + length, shares + most, 0.0f);
+  std::fill(out, out + width, 0.0f);
+  walk(values, [=](int64_t i, const auto& rows, const auto& next) { mix_rows<Float32, 1>(rows, next, shares + i, 0, width, out); });
+  for (int64_t k = 0; k < width && length; ++k) out[k] /= total;
+}
+
 // Calls body with the format of the weights and, as a constant, the batch, so that loops are unrolled; three sequences cost what four do.
 template <class Body>
 ffi::Error dispatch(ffi::DataType dtype, int64_t batch, const Body& body) {
@@ -171,6 +212,16 @@ ffi::Error predict_call(ffi::ThreadPool pool, Floats32 x, ffi::RemainingArgs wei
   });
 }
 
+ffi::Error attend_call(ffi::ThreadPool pool, Floats32 query, Floats32 keys, Floats32 values, Integers lengths, ffi::Result<Floats32> out) {
+  const int64_t heads = keys.dimensions()[1], capacity = keys.dimensions()[2], width = keys.dimensions()[3];
+  run(pool, {{keys.dimensions()[0] * heads, [&](int64_t i) {
+    const int64_t length = std::clamp<int64_t>(lengths.typed_data()[i / heads], 0, capacity), from = i * capacity * width;
+    attend({query.typed_data() + i * width, keys.typed_data() + from, values.typed_data() + from, length, width,
+            out->typed_data() + i * width});
+  }}});
+  return ffi::Error::Success();
+}
+
 ffi::Error ffn_call(ffi::ThreadPool pool, Floats32 accumulator, Floats32 x, ffi::AnyBuffer up, ffi::AnyBuffer down, Floats32 bias,
                     ffi::Buffer<ffi::PRED> predicted, Integers slots, Integers ids, Integers count, ffi::Result<Floats32> out) {
   const int64_t batch = x.dimensions()[0], num_slots = up.dimensions()[0], width = up.dimensions()[1];
@@ -193,7 +244,8 @@ ffi::Error ffn_call(ffi::ThreadPool pool, Floats32 accumulator, Floats32 x, ffi:
 }  // namespace
 
 #define EXPORTED extern "C" __attribute__((visibility("default")))
-EXPORTED XLA_FFI_Error *inflash_linear(XLA_FFI_CallFrame*), *inflash_predict(XLA_FFI_CallFrame*), *inflash_ffn(XLA_FFI_CallFrame*);
+EXPORTED XLA_FFI_Error *inflash_linear(XLA_FFI_CallFrame*), *inflash_predict(XLA_FFI_CallFrame*), *inflash_attend(XLA_FFI_CallFrame*),
+    *inflash_ffn(XLA_FFI_CallFrame*);
 
 // The arguments are those of the functions above, in the shapes that kernels/native.py gives them; an empty array stands for none.
 XLA_FFI_DEFINE_HANDLER_SYMBOL(inflash_linear, linear_call,
@@ -202,6 +254,9 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(inflash_linear, linear_call,
 XLA_FFI_DEFINE_HANDLER_SYMBOL(inflash_predict, predict_call,
                               ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Floats32>().RemainingArgs().RemainingRets()
                                   .Attr<ffi::Span<const int32_t>>("relu"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(inflash_attend, attend_call,
+                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Floats32>().Arg<Floats32>().Arg<Floats32>()
+                                  .Arg<Integers>().Ret<Floats32>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(inflash_ffn, ffn_call,
                               ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Floats32>().Arg<Floats32>().Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>().Arg<Floats32>().Arg<ffi::Buffer<ffi::PRED>>().Arg<Integers>().Arg<Integers>()

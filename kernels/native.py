@@ -1,7 +1,7 @@
 """Kernels in C++ in the place of XLA's, where a compiled library of them is there: faster, and the same results but for rounding.
 
 Axes: B sequences (at most `FEW_ROWS`), K inputs of a linear layer, N its outputs, D d_model, F d_ff, S slots, P places of a gather,
-R predictor rank.
+R predictor rank, H heads, C capacity of the KV cache in positions.
 
 `inflash build-kernels` compiles `native.cc` for this machine; `pipeline.native_library` finds the result and registers it here. Until
 then, and where there is none, every kernel is XLA's.
@@ -18,7 +18,7 @@ import numpy as np
 from .row_products import FEW_ROWS
 
 _DTYPES = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32))
-_TARGETS = ("inflash_linear", "inflash_predict", "inflash_ffn")
+_TARGETS = ("inflash_linear", "inflash_predict", "inflash_attend", "inflash_ffn")
 
 _registered: list[ctypes.CDLL] = []  # kept for as long as the process lives, as XLA has its addresses
 _used = [False]
@@ -65,7 +65,12 @@ def serves(
     """Whether the native kernels are to multiply these matrices with so many rows: asked when a kernel is traced."""
     dtype = jnp.dtype(compute_dtype)
     fit = dtype in _DTYPES and all(matrix.dtype == dtype and matrix.size for matrix in matrices)
-    return fit and 0 < num_rows <= FEW_ROWS and (_forced[-1] if _forced else _used[0])
+    return fit and 0 < num_rows <= FEW_ROWS and _chosen()
+
+
+def serves_cache(*caches: jax.Array) -> bool:
+    """Whether they are to attend to these KV caches, of any number of sequences: asked when a kernel is traced."""
+    return all(cache.dtype == jnp.float32 and cache.size for cache in caches) and _chosen()
 
 
 def native_linear(
@@ -92,6 +97,18 @@ def native_predict(
     return jax.ffi.ffi_call("inflash_predict", named)(_f32(x), *weights, relu=np.asarray(relu, np.int32))
 
 
+def native_attend(
+    query: jax.Array,  # [B, H, head_dim] f32
+    keys: jax.Array,  # [B, H, C, head_dim] f32
+    values: jax.Array,  # likewise
+    lengths: jax.Array,  # [B] int32
+) -> jax.Array:
+    """`attend_decode`, which reads no position beyond the lengths: [B, H * head_dim] f32; zeros where a length is 0."""
+    batch, num_heads, _, head_dim = keys.shape
+    out = jax.ShapeDtypeStruct((batch, num_heads * head_dim), jnp.float32)
+    return jax.ffi.ffi_call("inflash_attend", out)(_f32(query), keys, values, lengths.astype(jnp.int32))
+
+
 def native_ffn(
     accumulator: jax.Array,  # [B, D] f32
     x: jax.Array,  # [B, D] f32
@@ -108,6 +125,10 @@ def native_ffn(
     add = jax.ffi.ffi_call("inflash_ffn", jax.ShapeDtypeStruct(accumulator.shape, jnp.float32))
     operands = (_f32(accumulator), _f32(x), up, down, _f32(up_bias), predicted)
     return add(*operands, slots.astype(jnp.int32), neuron_ids.astype(jnp.int32), jnp.asarray(count, jnp.int32))
+
+
+def _chosen() -> bool:
+    return _forced[-1] if _forced else _used[0]
 
 
 def _f32(array: jax.Array) -> jax.Array:

@@ -15,6 +15,7 @@ import numpy as np
 
 from ..errors import InflashError, RunError
 from ..kernels import native
+from ..kernels.attention import attend_decode
 from ..kernels.compilation import jit
 from ..kernels.linear import linear
 from ..kernels.predictor import LowRank, low_rank_scores, predict_low_rank
@@ -23,6 +24,7 @@ from ..pipeline import native_library
 
 BATCHES = (1, 3, 8)
 D_MODEL, D_FF, ACTIVE, RANK = 200, 500, 97, 40
+HEADS, POSITIONS, HEAD_DIM = 3, 50, 20
 TOLERANCE = 1e-2  # of the largest value: an activation may be rounded to the other of two neighbours in bfloat16
 
 
@@ -96,7 +98,10 @@ def _calls(rng: np.random.Generator, batch: int, dtype: np.dtype) -> dict[str, t
     slots, neuron_ids = (jnp.asarray(rng.permutation(D_FF)[:ACTIVE], jnp.int32) for _ in range(2))
     count = jnp.int32(ACTIVE - 5)
     predictor = LowRank(array(RANK, D_MODEL).astype(dtype), array(D_FF, RANK).astype(dtype), bias, array(1))
+    query, keys, values = array(batch, HEADS, HEAD_DIM), *(array(batch, HEADS, POSITIONS, HEAD_DIM) for _ in range(2))
+    lengths = jnp.asarray(rng.integers(1, POSITIONS + 1, batch), jnp.int32)
     return {
+        "attend_decode": (attend_decode, (query, keys, values, lengths)),
         "linear": (linear, (x, up, bias)),
         "predict_low_rank": (_named_scores, (x, predictor)),
         "gathered_ffn": (

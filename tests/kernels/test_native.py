@@ -19,7 +19,8 @@ import pytest
 from low_rank_predictors import assert_named, random_predictor
 
 from inflash.errors import InflashError, RunError
-from inflash.kernels import native
+from inflash.kernels import native, reference
+from inflash.kernels.attention import attend_decode
 from inflash.kernels.compilation import jit
 from inflash.kernels.linear import linear
 from inflash.kernels.predictor import predict_low_rank
@@ -114,6 +115,22 @@ def test_predict_low_rank(rng, kernels, batch, dtype):
             betweens, predictors, predict_low_rank(jnp.asarray(h), *predictors, between=betweens[:count]), strict=False
         ):
             assert_named(np.asarray(found), h, predictor, between)
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 64, 32), (3, 3, 50, 17), (5, 2, 33, 20), (11, 12, 128, 8)])  # B, H, C, head_dim
+def test_attend_decode(rng, kernels, shape):
+    """No position from a sequence's length on is read; those of length 0 give zeros."""
+    batch, num_heads, capacity, head_dim = shape
+    query, keys, values = normal(rng, batch, num_heads, head_dim), normal(rng, *shape), normal(rng, *shape)
+    lengths = rng.integers(1, capacity + 1, batch).astype(np.int32)
+    lengths[0] = capacity
+    expected = reference.attend_decode(query, keys, values, lengths)
+    if batch > 1:
+        lengths[-1], expected[-1] = 0, 0
+    for sequence, length in enumerate(lengths):
+        keys[sequence, :, length:] = values[sequence, :, length:] = np.nan
+    operands = [jnp.asarray(operand) for operand in (query, keys, values, lengths)]
+    np.testing.assert_allclose(attend_decode(*operands), expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
