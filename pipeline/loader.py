@@ -23,14 +23,14 @@ from pathlib import Path
 import numpy as np
 
 from ..storage.layout import rows_path
-from ..storage.read_plan import ReadPlan, plan_bytes
-from ..storage.read_queue import open_read_queue
+from ..storage.read_plan import plan_bytes
+from ..storage.read_queue import PreparedReads, open_read_queue
 from ..storage.readers import DirectFile, DirectReader
 from .channel import BYTES, COUNTERS, RANGE, RING_LENGTH, ROWS, SCATTER, Channel, ChannelRegion
 from .slab import ALIGNMENT, Slab
 
-_LARGEST_BATCH = 32  # reads that are worth waiting for
-_LOOK_UP_S = 0.001  # how long a new request may go unnoticed while reads are under way
+_LARGEST_BATCH = 64  # reads that are worth waiting for
+_LOOK_UP_S = 0.0005  # how long a new request may go unnoticed while reads are under way
 _TAG_BITS = 32  # of a read's number in its plan
 
 
@@ -72,24 +72,32 @@ class _Request:
 
     Attributes:
       number: in its channel.
-      plan: its reads.
+      reads: what it reads.
       file: that they read from.
-      descriptor: of the file.
       check: called when all reads are back.
       num_bytes: of weights that were asked for.
       submitted: reads that have begun.
       remaining: reads that are not back.
-      failed: something went wrong and was reported; what is under way is only waited for.
+      results: [r] int64, what the kernel said of those that are.
     """
 
-    __slots__ = ("check", "descriptor", "failed", "file", "num_bytes", "number", "plan", "remaining", "submitted")
+    __slots__ = ("check", "file", "num_bytes", "number", "reads", "remaining", "results", "submitted")
 
-    def __init__(
-        self, number: int, plan: ReadPlan, file: DirectFile, descriptor: int, num_bytes: int, check: Callable[[], None]
-    ) -> None:
-        self.number, self.plan, self.file, self.descriptor = number, plan, file, descriptor
-        self.num_bytes, self.check = num_bytes, check
-        self.submitted, self.remaining, self.failed = 0, len(plan), False
+    def __init__(self, number: int, reads: PreparedReads, file: DirectFile, num_bytes: int, check: Callable[[], None]) -> None:
+        self.number, self.reads, self.file, self.num_bytes, self.check = number, reads, file, num_bytes, check
+        self.submitted, self.remaining = 0, len(reads.plan)
+        self.results = np.empty(len(reads.plan), np.int64)
+
+    def complete(self) -> None:
+        """Finishes reads that were cut short, and checks what was read.
+
+        Raises:
+          OSError, InflashError: a read failed, or what was read is damaged.
+        """
+        plan = self.reads.plan
+        for read in np.flatnonzero(self.results != plan.lengths).tolist():
+            self.file.finish(plan, read, int(self.results[read]))
+        self.check()
 
 
 class Loader:
@@ -105,6 +113,7 @@ class Loader:
         self._scratch = mmap.mmap(-1, max(config.merge_gap, ALIGNMENT))
         self._scratch_address = np.frombuffer(self._scratch, np.uint8).ctypes.data
         self._served = 0
+        self._counted_until = 0  # ns, of the time that is counted as busy
         self._waiting: deque[_Request] = deque()  # with reads that have not begun
         self._requests: dict[int, _Request] = {}  # with reads that are not back, by the upper bits of their reads' tags
 
@@ -125,15 +134,13 @@ class Loader:
 
     def _work(self) -> None:
         """Reads until nothing is left to read, taking new requests meanwhile."""
-        began = time.perf_counter_ns()
+        self._counted_until = time.perf_counter_ns()
         while self._requests:
             self._submit()
             # Few large batches cost less than many small ones, but the disk's queue must not run empty.
-            tags, results = self._queue.reap(max(1, min(self._queue.under_way // 4, _LARGEST_BATCH)), _LOOK_UP_S)
+            enough = self._queue.under_way // 2 if self._waiting else next(iter(self._requests.values())).remaining
+            tags, results = self._queue.reap(max(1, min(enough, _LARGEST_BATCH)), _LOOK_UP_S)
             self._take_back(tags, results)
-            now = time.perf_counter_ns()
-            self._count(busy_ns=now - began)
-            began = now
             self._accept_new()
 
     def _accept_new(self) -> None:
@@ -152,38 +159,36 @@ class Loader:
         """Begins as many reads as the queue has room for, oldest requests first."""
         while self._waiting:
             request = self._waiting[0]
-            tag = request.number << _TAG_BITS
-            taken = self._queue.submit(request.descriptor, request.plan, request.submitted, len(request.plan), tag)
-            request.submitted += taken
-            if request.submitted < len(request.plan):
+            request.submitted += self._queue.submit(request.reads, request.submitted)
+            if request.submitted < len(request.results):
                 return
             self._waiting.popleft()
 
     def _take_back(self, tags: np.ndarray, results: np.ndarray) -> None:
         numbers, reads = tags >> _TAG_BITS, tags & ((1 << _TAG_BITS) - 1)
-        for number in dict.fromkeys(numbers.tolist()):
-            request = self._requests[number]
-            mine = numbers == number
-            request.remaining -= int(mine.sum())
-            short = results[mine] != request.plan.lengths[reads[mine]]
-            try:
-                for read, result in zip(reads[mine][short].tolist(), results[mine][short].tolist(), strict=True):
-                    request.file.finish(request.plan, read, result)
-                if request.remaining == 0 and not request.failed:
-                    request.check()
-            except Exception as error:
-                if not request.failed:
-                    self._report(error)
-                request.failed = True
+        for number in sorted(set(numbers.tolist())):
+            request, mine = self._requests[number], numbers == number
+            request.results[reads[mine]] = results[mine]
+            request.remaining -= int(np.count_nonzero(mine))
             if request.remaining == 0:
                 self._finish(request)
 
     def _finish(self, request: _Request) -> None:
         del self._requests[request.number]
-        if request.failed:
+        try:
+            request.complete()
+        except Exception as error:
+            self._report(error)
             return
-        plan = request.plan
-        self._count(reads=len(plan), bytes=request.num_bytes, gap_bytes=plan.num_bytes - request.num_bytes, requests=1)
+        plan, now = request.reads.plan, time.perf_counter_ns()
+        self._count(
+            reads=len(plan),
+            bytes=request.num_bytes,
+            gap_bytes=plan.num_bytes - request.num_bytes,
+            busy_ns=now - self._counted_until,
+            requests=1,
+        )
+        self._counted_until = now
         self._channel.done[request.number % RING_LENGTH] = request.number
         os.eventfd_write(self._config.done_descriptor, 1)
 
@@ -211,15 +216,15 @@ class Loader:
         addresses = [part.ctypes.data for part in parts]
         plan = reader.plan(positions, slots, addresses, merge_gap=config.merge_gap, scratch=self._scratch_address)
         num_bytes = count * num_parts * config.d_model * config.item_bytes
-        return _Request(
-            number, plan, reader.file, reader.descriptor(addresses), num_bytes, lambda: reader.check(positions, slots, parts)
-        )
+        reads = self._queue.prepare(reader.descriptor(addresses), plan, number << _TAG_BITS)
+        return _Request(number, reads, reader.file, num_bytes, lambda: reader.check(positions, slots, parts))
 
     def _plan_bytes(self, number: int, source: int, start: int, count: int, target: int) -> _Request:
         file = self._file(source)
         direct = file.can_read_directly(ALIGNMENT, target, start) and count % ALIGNMENT == 0
         plan = plan_bytes(start, count, self._slab.array(target, (count,), np.uint8).ctypes.data)
-        return _Request(number, plan, file, file.descriptor(direct), count, lambda: None)
+        reads = self._queue.prepare(file.descriptor(direct), plan, number << _TAG_BITS)
+        return _Request(number, reads, file, count, lambda: None)
 
     def _reader(self, layer: int, part: int | None) -> DirectReader:
         """Of a layer's bundles, or of one part's rows where those lie apart."""

@@ -12,6 +12,7 @@ import os
 import platform
 import queue
 import threading
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -35,7 +36,28 @@ _CALLS = {  # setup, destroy, getevents, submit
 _MOST_THREADS = 8  # more in one Python process lose again
 
 _libc = ctypes.CDLL(None, use_errno=True)
-_libc.syscall.restype = _libc.preadv.restype = ctypes.c_long
+_libc.preadv.restype = ctypes.c_long
+_system_call = _libc.syscall
+_system_call.restype, _system_call.argtypes = ctypes.c_long, [ctypes.c_long] * 6
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PreparedReads:
+    """A plan's reads in the form in which a queue takes them.
+
+    Attributes:
+      descriptor: of the file.
+      plan: the reads.
+      tag: of the first; read i has `tag + i`.
+      controls: [r] of the kernel's control blocks; none for other queues.
+      pointers: [r] uint64, where each of them is.
+    """
+
+    descriptor: int
+    plan: ReadPlan
+    tag: int
+    controls: np.ndarray | None = None
+    pointers: np.ndarray | None = None
 
 
 class ReadQueue(Protocol):
@@ -49,11 +71,12 @@ class ReadQueue(Protocol):
     depth: int
     under_way: int
 
-    def submit(self, descriptor: int, plan: ReadPlan, first: int, last: int, tag: int) -> int:
-        """Begins reads first to last of a plan, tagged `tag + i` for read i; returns how many were taken, maybe fewer.
+    def prepare(self, descriptor: int, plan: ReadPlan, tag: int) -> PreparedReads:
+        """A plan's reads, all at once, tagged `tag + i` for read i; they have to live until all of them are back."""
+        ...
 
-        The plan's memory has to stay where it is until all of its reads are back.
-        """
+    def submit(self, reads: PreparedReads, first: int) -> int:
+        """Begins reads from the given one on; returns how many were taken, maybe not all."""
         ...
 
     def reap(self, least: int, timeout_s: float) -> tuple[np.ndarray, np.ndarray]:
@@ -75,27 +98,31 @@ class KernelQueue:
             raise OSError(errno.ENOSYS, "no asynchronous I/O known for this system")
         self._setup, self._destroy, self._getevents, self._submit = _CALLS[platform.machine()]
         self.depth, self.under_way = depth, 0
-        self._context = ctypes.c_ulong(0)
-        self._call(self._setup, ctypes.c_uint(depth), ctypes.byref(self._context))
-        self._controls = np.zeros(depth, _CONTROL)
-        self._controls["opcode"] = _PREADV
-        self._pointers = self._controls.ctypes.data + _CONTROL.itemsize * np.arange(depth, dtype=np.uint64)
+        context = np.zeros(1, np.int64)
+        self._call(self._setup, depth, context.ctypes.data)
+        self._context = int(context[0])
         self._events = np.zeros(depth, _EVENT)
         self._time = np.zeros(2, np.int64)
+        self._events_address, self._time_address = self._events.ctypes.data, self._time.ctypes.data
 
-    def submit(self, descriptor: int, plan: ReadPlan, first: int, last: int, tag: int) -> int:
-        last = min(last, first + self.depth - self.under_way)
-        count = last - first
+    def prepare(self, descriptor: int, plan: ReadPlan, tag: int) -> PreparedReads:
+        controls = np.zeros(len(plan), _CONTROL)
+        controls["data"] = np.arange(tag, tag + len(plan))
+        controls["opcode"] = _PREADV
+        controls["descriptor"] = descriptor
+        controls["segments"] = plan.segments.ctypes.data + plan.segments.itemsize * plan.first_segments[:-1]
+        controls["num_segments"] = np.diff(plan.first_segments)
+        controls["offset"] = plan.offsets
+        pointers = controls.ctypes.data + _CONTROL.itemsize * np.arange(len(plan), dtype=np.uint64)
+        return PreparedReads(descriptor=descriptor, plan=plan, tag=tag, controls=controls, pointers=pointers)
+
+    def submit(self, reads: PreparedReads, first: int) -> int:
+        count = min(len(reads.plan) - first, self.depth - self.under_way)
         if count <= 0:
             return 0
-        controls = self._controls[:count]  # the kernel has copied them when the call returns
-        controls["data"] = np.arange(tag + first, tag + last)
-        controls["descriptor"] = descriptor
-        controls["segments"] = plan.segments.ctypes.data + plan.segments.itemsize * plan.first_segments[first:last]
-        controls["num_segments"] = np.diff(plan.first_segments[first : last + 1])
-        controls["offset"] = plan.offsets[first:last]
+        assert reads.pointers is not None
         try:
-            taken = self._call(self._submit, self._context, ctypes.c_long(count), ctypes.c_void_p(self._pointers.ctypes.data))
+            taken = self._call(self._submit, self._context, count, reads.pointers.ctypes.data + reads.pointers.itemsize * first)
         except BlockingIOError:  # the kernel is short of something for a moment
             return 0
         self.under_way += taken
@@ -104,14 +131,7 @@ class KernelQueue:
     def reap(self, least: int, timeout_s: float) -> tuple[np.ndarray, np.ndarray]:
         self._time[:] = divmod(round(timeout_s * 1e9), 1_000_000_000)
         try:
-            count = self._call(
-                self._getevents,
-                self._context,
-                ctypes.c_long(least),
-                ctypes.c_long(self.depth),
-                ctypes.c_void_p(self._events.ctypes.data),
-                ctypes.c_void_p(self._time.ctypes.data),
-            )
+            count = self._call(self._getevents, self._context, least, self.depth, self._events_address, self._time_address)
         except InterruptedError:
             count = 0
         self.under_way -= count
@@ -119,13 +139,13 @@ class KernelQueue:
         return events["data"].astype(np.int64), events["result"].copy()
 
     def close(self) -> None:
-        if self._context.value:
+        if self._context:
             self._call(self._destroy, self._context)  # waits for what is under way
-            self._context.value = 0
+            self._context = 0
 
     @staticmethod
-    def _call(number: int, *arguments) -> int:
-        result = _libc.syscall(ctypes.c_long(number), *arguments)
+    def _call(number: int, *arguments: int) -> int:
+        result = _system_call(number, *arguments, *(0,) * (5 - len(arguments)))
         if result < 0:
             code = ctypes.get_errno()
             raise OSError(code, os.strerror(code))
@@ -143,12 +163,15 @@ class ThreadQueue:
         for thread in self._threads:
             thread.start()
 
-    def submit(self, descriptor: int, plan: ReadPlan, first: int, last: int, tag: int) -> int:
-        last = min(last, first + self.depth - self.under_way)
-        for read in range(first, last):
-            self._todo.put((tag + read, descriptor, plan, read))
-        self.under_way += max(last - first, 0)
-        return max(last - first, 0)
+    def prepare(self, descriptor: int, plan: ReadPlan, tag: int) -> PreparedReads:
+        return PreparedReads(descriptor=descriptor, plan=plan, tag=tag)
+
+    def submit(self, reads: PreparedReads, first: int) -> int:
+        count = max(0, min(len(reads.plan) - first, self.depth - self.under_way))
+        for read in range(first, first + count):
+            self._todo.put((reads.tag + read, reads.descriptor, reads.plan, read))
+        self.under_way += count
+        return count
 
     def reap(self, least: int, timeout_s: float) -> tuple[np.ndarray, np.ndarray]:
         found = []

@@ -222,9 +222,10 @@ def _queue_rate(file: Path, file_bytes: int, size: int, depth: int, seconds: flo
     )
     queue = open_read_queue(depth, direct=True)
     try:
+        reads = queue.prepare(descriptor, plan, 0)
         began, back, at = time.perf_counter(), 0, 0
         while (elapsed := time.perf_counter() - began) < seconds:
-            at = (at + queue.submit(descriptor, plan, at, _PLANNED_READS, 0)) % _PLANNED_READS
+            at = (at + queue.submit(reads, at)) % _PLANNED_READS
             tags, results = queue.reap(max(1, min(depth // 4, 16)), 1.0)
             if (results != size).any():
                 raise InflashError(

@@ -53,10 +53,11 @@ def test_everything_arrives_once(open_queue, file, depth: int) -> None:
     rows = np.zeros((PARTS, len(places), ROW_BYTES), np.uint8)
     plan, queue = planned(places, rows), open_queue(depth)
     try:
+        reads = queue.prepare(descriptor, plan, 5 << 32)
         begun, back = 0, []
         deadline = time.monotonic() + 30
         while len(back) < len(plan) and time.monotonic() < deadline:
-            begun += queue.submit(descriptor, plan, begun, len(plan), 5 << 32)
+            begun += queue.submit(reads, begun)
             assert queue.under_way == begun - len(back) <= depth
             tags, results = queue.reap(1, 1.0)
             np.testing.assert_array_equal(results, plan.lengths[tags - (5 << 32)])
@@ -85,13 +86,14 @@ def test_errors_and_ends_of_files_come_as_results(open_queue, file, tmp_path: Pa
     writing = os.open(tmp_path / "other", os.O_WRONLY | os.O_CREAT)
     try:
         os.truncate(tmp_path / "file", COUNT * STRIDE - 100)
-        assert queue.submit(descriptor, plan, 0, 1, 0) == 1
+        assert queue.submit(queue.prepare(descriptor, plan, 0), 0) == 1
         _, (result,) = queue.reap(1, 5.0)
         assert result == STRIDE - 100
         with pytest.raises(RunError, match=r"file: expected 1024 bytes at \d+, found the file's end"):
             read_rest(descriptor, plan, 0, int(result), "file")
         try:
-            queue.submit(writing, plan, 0, 1, 0)
+            refused = queue.prepare(writing, plan, 0)
+            queue.submit(refused, 0)
             _, (result,) = queue.reap(1, 5.0)
             assert result == -errno.EBADF
         except OSError as error:  # the kernel's queue refuses it at once
