@@ -112,7 +112,7 @@ class CachedFeedForward:
             self._caches[layer].begin_token()
             placement = self._caches[layer].place(neuron_ids)
             self._times.prefetched += len(placement.miss_ids)
-            self._prefetches[layer] = _Prefetch(self._ask(layer, placement), placement.miss_ids, placement.miss_slots)
+            self._prefetches[layer] = _Prefetch(self._ask(layer, placement, ahead=True), placement.miss_ids, placement.miss_slots)
 
     def _take_prefetch(self, layer: int, placement: Placement) -> _Prefetch | None:
         """What was asked for early and has not arrived; afterwards nothing is on its way to the slots of the misses."""
@@ -124,8 +124,8 @@ class CachedFeedForward:
             return None
         return prefetch
 
-    def _ask(self, layer: int, placement: Placement) -> Ticket:
-        return self._pool.scatter(layer, placement.miss_ids, placement.miss_slots, self._layers[layer].offsets)
+    def _ask(self, layer: int, placement: Placement, *, ahead: bool = False) -> Ticket:
+        return self._pool.scatter(layer, placement.miss_ids, placement.miss_slots, self._layers[layer].offsets, ahead=ahead)
 
     def _split(self, placement: Placement, prefetch: _Prefetch | None) -> tuple[IdsAndSlots, IdsAndSlots]:
         """The neurons that can be computed now, and those that have to arrive first."""

@@ -27,6 +27,7 @@ REQUEST = np.dtype(
         ),  # SCATTER, ROWS: first entry in the lists; RANGE: first position in the layer; BYTES: offset in the file
         ("count", "<u8"),  # SCATTER, RANGE, ROWS: neurons; BYTES: bytes
         ("slot", "<u8"),  # RANGE: first slot; ROWS: the part
+        ("ahead", "<u8"),  # 1: nobody waits for it yet
         (
             "parts",
             "<u8",

@@ -81,11 +81,11 @@ class _Request:
       results: [r] int64, what the kernel said of those that are.
     """
 
-    __slots__ = ("check", "file", "num_bytes", "number", "reads", "remaining", "results", "submitted")
+    __slots__ = ("ahead", "check", "file", "num_bytes", "number", "reads", "remaining", "results", "submitted")
 
     def __init__(self, number: int, reads: PreparedReads, file: DirectFile, num_bytes: int, check: Callable[[], None]) -> None:
         self.number, self.reads, self.file, self.num_bytes, self.check = number, reads, file, num_bytes, check
-        self.submitted, self.remaining = 0, len(reads.plan)
+        self.submitted, self.remaining, self.ahead = 0, len(reads.plan), False
         self.results = np.empty(len(reads.plan), np.int64)
 
     def complete(self) -> None:
@@ -138,7 +138,8 @@ class Loader:
         while self._requests:
             self._submit()
             # Few large batches cost less than many small ones, but the disk's queue must not run empty.
-            enough = self._queue.under_way // 2 if self._waiting else next(iter(self._requests.values())).remaining
+            oldest = next(iter(self._requests.values()))
+            enough = oldest.remaining if oldest.submitted == len(oldest.results) else self._queue.under_way // 2
             tags, results = self._queue.reap(max(1, min(enough, _LARGEST_BATCH)), _LOOK_UP_S)
             self._take_back(tags, results)
             self._accept_new()
@@ -152,6 +153,7 @@ class Loader:
             except Exception as error:
                 self._report(error)
                 continue
+            request.ahead = bool(self._channel.requests[self._served % RING_LENGTH]["ahead"])
             self._requests[self._served] = request
             self._waiting.append(request)
 
@@ -159,6 +161,8 @@ class Loader:
         """Begins as many reads as the queue has room for, oldest requests first."""
         while self._waiting:
             request = self._waiting[0]
+            if request.ahead and next(iter(self._requests)) != request.number:
+                return  # in the disk's queue it would stand beside reads that somebody waits for
             request.submitted += self._queue.submit(request.reads, request.submitted)
             if request.submitted < len(request.results):
                 return

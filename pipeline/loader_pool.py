@@ -116,8 +116,18 @@ class LoaderPool:
         totals = sum((peer.channel.counters.astype(np.int64) for peer in self._peers), np.zeros(len(COUNTERS), np.int64))
         return dict(zip(COUNTERS, totals.tolist(), strict=True))
 
-    def scatter(self, layer: int, positions: np.ndarray, slots: np.ndarray, parts: Sequence[int]) -> Ticket:
-        """Asks for neurons at `positions` [n] (ascending) of a layer, each into its slot; `parts` are slab offsets."""
+    def scatter(
+        self, layer: int, positions: np.ndarray, slots: np.ndarray, parts: Sequence[int], *, ahead: bool = False
+    ) -> Ticket:
+        """Asks for neurons of a layer.
+
+        Args:
+          layer: theirs.
+          positions: [n], ascending.
+          slots: [n], where each goes.
+          parts: slab offsets.
+          ahead: nobody will wait for them soon, so they stand back behind what was asked for before.
+        """
         ticket = []
         for peer_number, first, last in self._shares(len(positions)):
             peer = self._peers[peer_number]
@@ -127,9 +137,9 @@ class LoaderPool:
             peer.next_entry = start + last - first
             if self._split:
                 for number, part in enumerate(parts):
-                    ticket.append(self._submit(peer_number, ROWS, layer, start, last - first, number, (part,)))
+                    ticket.append(self._submit(peer_number, ROWS, layer, start, last - first, number, (part,), ahead=ahead))
             else:
-                ticket.append(self._submit(peer_number, SCATTER, layer, start, last - first, 0, parts))
+                ticket.append(self._submit(peer_number, SCATTER, layer, start, last - first, 0, parts, ahead=ahead))
         self.bytes_requested += len(positions) * self._bundle_bytes
         return tuple(ticket)
 
@@ -239,14 +249,14 @@ class LoaderPool:
         return [((self._turn + number) % len(self._peers), first, last) for number, (first, last) in enumerate(pairwise(bounds))]
 
     def _submit(
-        self, number: int, kind: int, source: int, start: int, count: int, slot: int, parts: Sequence[int]
+        self, number: int, kind: int, source: int, start: int, count: int, slot: int, parts: Sequence[int], *, ahead: bool = False
     ) -> tuple[int, int]:
         peer = self._peers[number]
         ticket = peer.submitted + 1
         if ticket > RING_LENGTH:  # the record's previous user must be finished
             self.wait(((number, ticket - RING_LENGTH),))
         padded = tuple(parts) + (0,) * (MOST_PARTS - len(parts))
-        peer.channel.requests[ticket % RING_LENGTH] = (kind, source, start, count, slot, padded)
+        peer.channel.requests[ticket % RING_LENGTH] = (kind, source, start, count, slot, ahead, padded)
         peer.channel.submitted[0] = ticket
         peer.submitted = ticket
         os.eventfd_write(peer.wake, 1)
