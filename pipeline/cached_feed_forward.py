@@ -13,7 +13,7 @@ from ..kernels.compilation import jit
 from ..kernels.sparse_ffn import gathered_ffn
 from ..storage.store import Store
 from .feed_forward import Tile
-from .fixed_shapes import SMALLEST_GATHER, doublings, fitting, padded
+from .fixed_shapes import SMALLEST_GATHER, doublings, fitting
 from .loader_pool import LoaderPool, Ticket
 from .neuron_cache import Placement, make_cache
 from .neuron_rows import NeuronRows
@@ -25,7 +25,24 @@ from .weights import on_device
 IdsAndSlots = tuple[np.ndarray, np.ndarray]
 """Neurons [n] int32 and the slots that they are in [n] int32."""
 
-_gathered = jit(gathered_ffn, static_argnames=("compute_dtype",))
+
+def _gather_places(
+    total: jax.Array,
+    ffn_in: jax.Array,
+    up: jax.Array,
+    down: jax.Array,
+    up_bias: jax.Array,
+    predicted: jax.Array,
+    places: jax.Array,
+    *,
+    compute_dtype: np.dtype,
+) -> jax.Array:
+    """`gathered_ffn` with slots, neurons and their number in one array, see `_places`: each argument from NumPy costs a transfer."""
+    slots, neuron_ids, count = places[0, 1:], places[1, 1:], places[0, 0]
+    return gathered_ffn(total, ffn_in, up, down, up_bias, predicted, slots, neuron_ids, count, compute_dtype=compute_dtype)
+
+
+_gathered = jit(_gather_places, static_argnames=("compute_dtype",))
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,9 +167,7 @@ class CachedFeedForward:
             rows.down,
             self._bias[layer],
             tile.predicted,
-            padded(slots, size),
-            padded(neuron_ids, size),
-            np.int32(len(neuron_ids)),
+            _places(slots, neuron_ids, size),
             compute_dtype=self._compute,
         )
 
@@ -163,6 +178,15 @@ class CachedFeedForward:
             self._gather(0, some, some, tile.residual, tile)
 
 
+def _places(slots: np.ndarray, neuron_ids: np.ndarray, size: int) -> np.ndarray:
+    """[2, 1 + size] int32: their number, then slots and neurons, each followed by zeros."""
+    places = np.zeros((2, 1 + size), np.int32)
+    places[:, 0] = count = len(slots)
+    places[0, 1 : 1 + count], places[1, 1 : 1 + count] = slots, neuron_ids
+    return places
+
+
 def _named(predicted: jax.Array, active: np.ndarray) -> np.ndarray:
     """The neurons that any active token names: [T, F] bool and [T] bool to [n] int32, ascending."""
-    return np.flatnonzero(np.logical_or.reduce(np.asarray(predicted)[active], axis=0)).astype(np.int32)
+    named = np.asarray(predicted)[active]
+    return np.flatnonzero(named[0] if len(named) == 1 else named.any(axis=0)).astype(np.int32)

@@ -179,10 +179,12 @@ class LeastFrequentlyUsed:
         self._weight = 1.0  # of a use now: growing, where every count would have to shrink
         self._call_of = np.zeros(num_slots, np.int64)  # the last call that used the slot
         self._call = 0
+        self._calls_before = 0  # this token
         self._num_used = 0
         self._hand = 0
 
     def begin_token(self) -> None:
+        self._calls_before = self._call
         self._weight *= 2 ** (1 / _HALF_LIFE)
         if self._weight > 1e200:  # once in thousands of tokens
             self._count /= self._weight
@@ -218,14 +220,19 @@ class LeastFrequentlyUsed:
         return np.concatenate((fresh, leaving)) if len(fresh) else leaving
 
     def _pass(self, needed: int) -> np.ndarray:
-        """Moves the hand over enough slots and returns the `needed` least used that this call does not use."""
-        looks = min(_LOOKS * needed, self.num_slots)
+        """Moves the hand over enough slots and returns the `needed` least used.
+
+        None that this call uses, and none that this token's earlier calls used if there are others: those may still be on their way.
+        """
+        looks, newest = min(_LOOKS * needed, self.num_slots), self._calls_before
         while True:
             passed = np.arange(self._hand, self._hand + looks, dtype=np.int32)
             passed[passed >= self.num_slots] -= self.num_slots
-            passed = passed[(self._call_of[passed] != self._call) & (self._neuron_in[passed] >= 0)]
+            passed = passed[(self._call_of[passed] <= newest) & (self._neuron_in[passed] >= 0)]
             if len(passed) >= needed:
                 break
+            if looks == self.num_slots:
+                newest = self._call - 1
             looks = min(2 * looks, self.num_slots)  # most of what was passed is in use
         self._hand = (self._hand + looks) % self.num_slots
         return passed[np.argpartition(self._count[passed], needed - 1)[:needed]]

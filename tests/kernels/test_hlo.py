@@ -171,7 +171,7 @@ def low_rank(batch: int) -> Lowered:
 
 def gathered(batch: int) -> Lowered:
     x, pool = f32(batch, D), bf16(S, D)
-    arguments = (x, x, pool, pool, f32(F), flags(batch, F), i32(K), i32(K), i32())
+    arguments = (x, x, pool, pool, f32(F), flags(batch, F), i32(2, 1 + K))
     return cached_feed_forward._gathered.lower(*arguments, compute_dtype=COMPUTE)
 
 

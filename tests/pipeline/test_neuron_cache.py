@@ -161,6 +161,21 @@ def test_what_is_used_often_survives_a_burst_of_what_is_used_once() -> None:
     assert misses["lru"] == 40
 
 
+def test_what_a_token_was_given_stays_while_there_are_others() -> None:
+    """A guess's neurons, used once, are the least used of all, and may still be on their way."""
+    cache = make_cache(1000, 40, "lfu", None)
+    for _ in range(5):
+        cache.begin_token()
+        cache.place(np.arange(40, dtype=np.int32))
+    cache.begin_token()
+    guess, needed = (np.arange(start, start + 18, dtype=np.int32) for start in (100, 200))
+    guessed = cache.place(guess).miss_slots
+    assert not np.isin(cache.place(needed).miss_slots, guessed).any()
+    assert np.isin(guess, cache.resident()).all()
+    everything = np.arange(300, 340, dtype=np.int32)  # there are no others
+    assert sorted(cache.place(everything).miss_slots.tolist()) == list(range(40))
+
+
 def test_old_uses_count_less() -> None:
     """What was used at every token for long gives way in the end; weights are scaled back long before they overflow."""
     cache = LeastFrequentlyUsed(1000, 10)
