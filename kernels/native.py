@@ -94,7 +94,7 @@ def native_predict(
     """`predict_low_rank` for predictors in one dtype, bf16 or f32, with operands in it: [B, F] bool each."""
     named = [jax.ShapeDtypeStruct((x.shape[0], second.shape[0]), jnp.bool_) for _, second, _, _ in predictors]
     weights = [part for first, second, *vectors in predictors for part in (first, second, *map(_f32, vectors))]
-    return jax.ffi.ffi_call("inflash_predict", named)(_f32(x), *weights, relu=np.asarray(relu, np.int32))
+    return list(jax.ffi.ffi_call("inflash_predict", named)(_f32(x), *weights, relu=np.asarray(relu, np.int32)))
 
 
 def native_attend(

@@ -76,7 +76,7 @@ class _Case:
 
         return jit(form, **jit_arguments)
 
-    def plain(self, function: Callable[..., Any], *operands: jax.Array) -> Call:
+    def plain(self, function: Callable[..., Any], *operands: jax.Array | LowRank) -> Call:
         return partial(self.traced(function), *operands)
 
 

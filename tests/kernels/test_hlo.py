@@ -165,7 +165,8 @@ def signs(batch: int) -> Lowered:
 
 def low_rank(batch: int) -> Lowered:
     """This layer's and the next one's, together."""
-    weights = LowRank(first=bf16(R, D), second=bf16(F, R), bias=f32(F), threshold=f32(1))
+    shapes: list[Any] = [bf16(R, D), bf16(F, R), f32(F), f32(1)]
+    weights = LowRank(*shapes)
     return predictors._predict_low_rank.lower(f32(batch, D), weights, weights, between=("none", "relu"))
 
 
