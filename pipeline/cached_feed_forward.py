@@ -3,7 +3,9 @@
 Axes: T tokens of a tile, D d_model, F d_ff, S slots, K padded neurons.
 """
 
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import jax
@@ -106,7 +108,7 @@ class CachedFeedForward:
         *,
         guessing: bool,
     ) -> jax.Array:
-        with self._times.managing_memory():
+        with self._managing_memory():
             placement = self._caches[layer].place(neuron_ids)
             prefetch = self._take_prefetch(layer, placement)
             ticket = self._ask(layer, placement)
@@ -122,10 +124,17 @@ class CachedFeedForward:
         ids, slots = (np.concatenate(parts) for parts in zip(ready, late, strict=True))
         return self._gather(layer, ids, slots, total, tile)
 
+    @contextmanager
+    def _managing_memory(self) -> Iterator[None]:
+        """Counts the time inside, less what is waited for loaders, which is counted as such."""
+        began, waited = time.perf_counter_ns(), self._pool.wait_ns
+        yield
+        self._times.memory_ns += time.perf_counter_ns() - began - (self._pool.wait_ns - waited)
+
     def _prefetch(self, layer: int, neuron_ids: np.ndarray) -> None:
-        """Asks for neurons that a layer yet to come will likely need, as far as half the cache holds them."""
+        """Asks for neurons that a layer yet to come will likely need; of too many, half a cache's: the others have to fit, too."""
         neuron_ids = neuron_ids[: self._num_slots // 2]
-        with self._times.managing_memory():
+        with self._managing_memory():
             self._caches[layer].begin_token()
             placement = self._caches[layer].place(neuron_ids)
             self._times.prefetched += len(placement.miss_ids)

@@ -1,8 +1,9 @@
 """The shared-memory rings between the engine and one loader: fixed records in, tickets and counters out.
 
 Messages carry places and slot ids, never weights. The engine is the only writer of requests, the loader the only writer of
-completions, and every word is written whole, so no lock is needed (x86 and Arm keep an aligned 8-byte store whole; the eventfd that
-follows each of them orders it before the reader's look).
+completions, and every word is written whole, so no lock is needed (an aligned 8-byte store is whole). A record
+is written before the number that announces it; readers that look without having been woken rely on stores becoming visible in that
+order, as on x86.
 """
 
 from dataclasses import dataclass

@@ -80,7 +80,7 @@ class Engine:
         self.store, self.config, self.options = store, store.config, options
         self.times = StepTimes()
         self.num_seqs = self.capacity = 0
-        self._closed, self._split_rows = False, split_rows
+        self._closed, self._broken, self._split_rows = False, False, split_rows
         self.compute = compute_dtype(options.compute_dtype, store.dtype)
         self.shape = LayerShape(
             num_heads=store.config.num_heads,
@@ -329,9 +329,19 @@ class Engine:
             _put_row(x, tile.residual, np.int32(0), np.int32(0))
 
     @contextmanager
+    def _whole(self) -> Iterator[None]:
+        """A step that ends early leaves slots that were promised neurons and never got them: nothing may follow it."""
+        if self._broken:
+            raise InflashError("an earlier step of this model failed or was interrupted; make a new LLM")
+        self._broken = True
+        yield
+        self._broken = False
+
+    @contextmanager
     def _timed_prompt(self, num_tokens: int) -> Iterator[None]:
         began, requested = time.perf_counter_ns(), self._pool.bytes_requested
-        yield
+        with self._whole():
+            yield
         elapsed = time.perf_counter_ns() - began
         self.times.prompt_ns += elapsed
         self.times.total_ns += elapsed
@@ -341,7 +351,8 @@ class Engine:
     @contextmanager
     def _timed_step(self, num_tokens: int) -> Iterator[None]:
         began, requested, wait_ns = time.perf_counter_ns(), self._pool.bytes_requested, self._pool.wait_ns
-        yield
+        with self._whole():
+            yield
         elapsed = time.perf_counter_ns() - began
         self.times.decode_ns += elapsed
         self.times.total_ns += elapsed

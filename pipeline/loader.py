@@ -75,6 +75,7 @@ class _Request:
       reads: what it reads.
       file: that they read from.
       check: called when all reads are back.
+      ahead: nobody waits for it yet.
       num_bytes: of weights that were asked for.
       submitted: reads that have begun.
       remaining: reads that are not back.
@@ -83,9 +84,18 @@ class _Request:
 
     __slots__ = ("ahead", "check", "file", "num_bytes", "number", "reads", "remaining", "results", "submitted")
 
-    def __init__(self, number: int, reads: PreparedReads, file: DirectFile, num_bytes: int, check: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        number: int,
+        reads: PreparedReads,
+        file: DirectFile,
+        num_bytes: int,
+        check: Callable[[], None],
+        *,
+        ahead: bool = False,
+    ) -> None:
         self.number, self.reads, self.file, self.num_bytes, self.check = number, reads, file, num_bytes, check
-        self.submitted, self.remaining, self.ahead = 0, len(reads.plan), False
+        self.submitted, self.remaining, self.ahead = 0, len(reads.plan), ahead
         self.results = np.empty(len(reads.plan), np.int64)
 
     def complete(self) -> None:
@@ -128,13 +138,13 @@ class Loader:
                 if descriptor == self._config.lifeline_descriptor:
                     return
                 os.eventfd_read(self._config.wake_descriptor)
+            self._counted_until = time.perf_counter_ns()
             self._accept_new()
             if self._requests:
                 self._work()
 
     def _work(self) -> None:
         """Reads until nothing is left to read, taking new requests meanwhile."""
-        self._counted_until = time.perf_counter_ns()
         while self._requests:
             self._submit()
             # Few large batches cost less than many small ones, but the disk's queue must not run empty.
@@ -151,11 +161,13 @@ class Loader:
             try:
                 request = self._plan(self._served, self._channel.requests[self._served % RING_LENGTH])
             except Exception as error:
-                self._report(error)
+                self.report(error)
                 continue
-            request.ahead = bool(self._channel.requests[self._served % RING_LENGTH]["ahead"])
             self._requests[self._served] = request
-            self._waiting.append(request)
+            if request.remaining:
+                self._waiting.append(request)
+            else:
+                self._finish(request)
 
     def _submit(self) -> None:
         """Begins as many reads as the queue has room for, oldest requests first."""
@@ -182,7 +194,7 @@ class Loader:
         try:
             request.complete()
         except Exception as error:
-            self._report(error)
+            self.report(error)
             return
         plan, now = request.reads.plan, time.perf_counter_ns()
         self._count(
@@ -221,7 +233,9 @@ class Loader:
         plan = reader.plan(positions, slots, addresses, merge_gap=config.merge_gap, scratch=self._scratch_address)
         num_bytes = count * num_parts * config.d_model * config.item_bytes
         reads = self._queue.prepare(reader.descriptor(addresses), plan, number << _TAG_BITS)
-        return _Request(number, reads, reader.file, num_bytes, lambda: reader.check(positions, slots, parts))
+        return _Request(
+            number, reads, reader.file, num_bytes, lambda: reader.check(positions, slots, parts), ahead=bool(record["ahead"])
+        )
 
     def _plan_bytes(self, number: int, source: int, start: int, count: int, target: int) -> _Request:
         file = self._file(source)
@@ -245,7 +259,7 @@ class Loader:
             self._files[number] = DirectFile(Path(self._config.files[number]))
         return self._files[number]
 
-    def _report(self, error: Exception) -> None:
+    def report(self, error: Exception) -> None:
         """Sends the exception itself and where it happened; the engine raises it again."""
         text = "".join(traceback.format_exception(error))
         try:
@@ -259,7 +273,11 @@ def main() -> None:
     # Ctrl-C reaches the whole terminal group; the engine decides when loaders stop.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     warnings.simplefilter("ignore")  # the engine says once for all loaders when reads are not direct
-    Loader(LoaderConfig.from_json(sys.argv[1])).serve()
+    loader = Loader(LoaderConfig.from_json(sys.argv[1]))
+    try:
+        loader.serve()
+    except Exception as error:  # of the queue itself: there is no going on, but the engine should say why
+        loader.report(error)
     os._exit(0)  # reads may still be under way that nobody waits for
 
 

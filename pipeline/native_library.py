@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import tempfile
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
@@ -66,8 +67,11 @@ def path() -> Path:
     return _cache() / "inflash" / f"kernels-{digest}.so"
 
 
-def build() -> Build:
+def build(check: Callable[[Path], None] = lambda _: None) -> Build:
     """Compiles the library to where `path` says; one that is there is replaced in one step.
+
+    Args:
+      check: called with the new library before anyone else can find it; what it raises leaves things as they were.
 
     Raises:
       InflashError: there is no C++ compiler, or the one that CXX names is not there.
@@ -85,6 +89,7 @@ def build() -> Build:
             except (OSError, subprocess.TimeoutExpired) as error:
                 raise RunError(f"{shlex.join(compiler)} does not compile the native kernels: {error}") from error
             if ended.returncode == 0:
+                check(new)
                 new.replace(library)
                 return Build(path=library, command=command)
             complaint = complaint or _complaint(ended.stderr)

@@ -1,8 +1,5 @@
 """What a run has cost: the paper's three parts of a token (flash I/O, memory management, compute), and what was read for it."""
 
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
 
@@ -38,12 +35,6 @@ class StepTimes:
     neurons: int = 0
     decode_bytes: int = 0
     prompt_bytes: int = 0
-
-    @contextmanager
-    def managing_memory(self) -> Iterator[None]:
-        began = time.perf_counter_ns()
-        yield
-        self.memory_ns += time.perf_counter_ns() - began
 
     def count(self, *, hits: int, misses: int) -> None:
         self.hits += hits

@@ -220,6 +220,12 @@ def _check(config: ModelConfig, planting: Planting) -> None:
         raise InflashError(f"--active: expected a share from 0.001 to 0.5, found {planting.active}")
     if not 1 <= planting.rank <= config.d_model:
         raise InflashError(f"--rank: expected 1 to d_model = {config.d_model}, found {planting.rank}")
+    if planting.seed < 0:
+        raise InflashError(f"--seed: expected 0 or more, found {planting.seed}")
+    if config.d_model < 64 or config.num_heads < 2:
+        raise InflashError(
+            f"synth: expected a d_model of at least 64 and two heads or more, found {config.d_model} and {config.num_heads}"
+        )
 
 
 def _white(rng: np.random.Generator, shape: tuple[int, ...], deviation: float) -> np.ndarray:

@@ -23,6 +23,9 @@ os.environ["INFLASH_KERNELS"] = "xla"  # whatever the user has built; commands t
 
 import jax
 
+from inflash.errors import InflashError, RunError
+from inflash.pipeline import native_library
+
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
@@ -42,6 +45,22 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def golden() -> Path:
     """The folder of values made by an independent implementation, each beside the script that made it."""
     return Path(__file__).parent / "golden"
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The cache folder with native kernels, built once a run and loaded; not used but where a test says so."""
+    cache = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(cache))
+        try:
+            library = native_library.build().path
+        except InflashError as error:
+            if isinstance(error, RunError):
+                raise
+            pytest.skip(str(error))
+    native_library.load(library)
+    return cache
 
 
 @pytest.fixture(autouse=True)

@@ -4,7 +4,6 @@ Reads its settings from the argument, prints a line of JSON for every token and 
 fed with random tokens, because what a model would say next depends on the row's own rounding.
 """
 
-import dataclasses
 import json
 import statistics
 import sys
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import InflashError
+from ..pipeline import native_library
 from ..pipeline.engine import Engine
 from ..pipeline.options import EngineOptions
 from ..storage.store import open_store
@@ -65,7 +65,8 @@ def measure(config: RowConfig) -> dict[str, Any]:
             if counted >= 0 and counted % _MEMORY_EVERY == 0:
                 tokens[-1]["dram_bytes"] = held_bytes(engine)
             _tell({"token": position})
-        return _summary(tokens[config.warm_up :], held_bytes(engine), options.loaders, store.bundles.bundle_bytes)
+        summary = _summary(tokens[config.warm_up :], held_bytes(engine), options.loaders, store.bundles.bundle_bytes)
+        return {**summary, "kernels": "native" if native_library.choose() else "xla"}
 
 
 def _decode(engine: Engine, token_ids: np.ndarray, position: int) -> dict[str, float]:
@@ -142,12 +143,11 @@ def main() -> int:
     except InflashError as error:
         _tell({"error": str(error)})
         return 1
+    except Exception as error:  # the command says it in one sentence
+        _tell({"error": f"{type(error).__name__}: {error}"})
+        return 1
     _tell({"result": result})
     return 0
-
-
-def config_json(config: RowConfig) -> str:
-    return json.dumps(dataclasses.asdict(config))
 
 
 if __name__ == "__main__":

@@ -26,15 +26,15 @@ WHAT = {
     "naive": "everything streamed from flash for every token",
     "hybrid": "attention and embeddings resident",
     "predictor": "+ only predicted neurons, two reads each",
-    "window": "+ recent neurons stay in memory",
+    "window": "+ the neurons used most stay in memory",
     "bundles": "+ a neuron is one read",
     "overlap": "+ hits are computed while misses load",
     "lookahead": "+ neurons are read before their layer",
     "resident": "dense, the whole model in memory",
 }
 _UNBUNDLED = ("predictor", "window")
+_KILLED = (-9, 137)
 _STREAMED_WARM_UP = 2  # nothing is cached there
-_STALL_S = 600.0
 _HEADROOM = 0.02  # of the limit, for what no account has: page tables, buffers of the kernel
 
 
@@ -51,11 +51,15 @@ def run(arguments: argparse.Namespace) -> int:
         split = _split_copy(stack, store, arguments, rows)
         steps = sum(config["warm_up"] + config["tokens"] for config in configs.values())
         bar = stack.enter_context(progress_bar(total=steps, desc="measuring", unit=" tokens"))
-        for name, config in configs.items():
-            bar.set_description(name)
-            config["split_rows"] = str(split) if name in _UNBUNDLED else ""
-            results.append({"name": name, **_run_row(name, config, arguments.memory_limit, bar.update)})
-    _report(store, arguments, results)
+        try:
+            for name, config in configs.items():
+                bar.set_description(name)
+                config["split_rows"] = str(split) if name in _UNBUNDLED else ""
+                results.append({"name": name, **_run_row(name, config, arguments.memory_limit, bar.update)})
+        finally:  # rows take minutes each: one that fails takes none of the others along
+            bar.close()
+            if results:
+                _report(store, arguments, results)
     return 0
 
 
@@ -76,7 +80,7 @@ def _configs(store: Store, arguments: argparse.Namespace, rows: list[str]) -> di
         )
     common = {"loaders": arguments.loaders, "queue_depth": arguments.queue_depth, "max_num_seqs": 1, "max_model_len": length}
     configs: dict[str, dict[str, Any]] = {}
-    for name in rows:
+    for name in reversed(rows):  # later rows need more memory: the first complaint names what would do for all
         options: dict[str, Any] = {**common, "ffn": name if name in ("naive", "hybrid", "resident") else "sparse"}
         if options["ffn"] == "sparse":
             options |= {"predictor": arguments.predictor, "overlap": name in ("overlap", "lookahead")}
@@ -86,11 +90,17 @@ def _configs(store: Store, arguments: argparse.Namespace, rows: list[str]) -> di
             predictor = choose_predictor(store, arguments.predictor)
             if name == "lookahead" and choose_prefetch(store, arguments.prefetch, predictor) is None:
                 raise InflashError(
-                    f"{store.path}: the row lookahead needs a look-ahead predictor, found none; make one with "
-                    "inflash train-predictor --look-ahead, or leave the row out with --rows"
+                    f"{store.path}: the row lookahead needs a look-ahead predictor beside a predictor of the store, found "
+                    f"--prefetch {arguments.prefetch} with --predictor {predictor}; make one with inflash train-predictor "
+                    "--look-ahead, or leave the row out with --rows"
                 )
             limit = int(arguments.memory_limit * (1 - _HEADROOM))
-            options["cache_neurons"] = slots_within(store, EngineOptions(**options), limit, 1, length)
+            try:
+                options["cache_neurons"] = slots_within(store, EngineOptions(**options), limit, 1, length)
+            except InflashError as error:
+                raise InflashError(
+                    f"{store.path}: row {name}: {error}, which is --memory-limit less {_HEADROOM:.0%} for what no account has"
+                ) from error
         configs[name] = {
             "model": str(arguments.model),
             "options": options,
@@ -100,7 +110,7 @@ def _configs(store: Store, arguments: argparse.Namespace, rows: list[str]) -> di
             "tokens": arguments.tokens,
             "seed": arguments.seed,
         }
-    return configs
+    return {name: configs[name] for name in rows}
 
 
 def _split_copy(stack: contextlib.ExitStack, store: Store, arguments: argparse.Namespace, rows: list[str]) -> Path | None:
@@ -123,10 +133,12 @@ def _run_row(name: str, config: dict[str, Any], limit: int, progress) -> dict[st
                 raise RunError(f"row {name}: {document['error']}")
             if "result" in document:
                 return {**document["result"], "limited": group is not None, "options": config["options"]}
+            if "ended" in document:
+                code = document["ended"]
+                why = "killed, likely for memory; try a larger --memory-limit" if code in _KILLED else f"exit code {code}"
+                raise RunError(f"row {name}: the run ended without a result ({why}), or leave the row out with --rows")
             progress(1)
-    raise RunError(
-        f"row {name}: the run ended without a result; was it killed for memory? try a smaller --memory-limit or --rows"
-    )
+    raise AssertionError("the end of a run is told")
 
 
 @contextlib.contextmanager
@@ -145,12 +157,13 @@ def _limited(limit: int | None) -> Iterator[MemoryGroup | None]:
 
 
 def _documents(name: str, command: list[str]) -> Iterator[dict[str, Any]]:
-    """What the row's process prints, line by line; it does not outlive the caller."""
+    """What the row's process prints, line by line, and how it ended; it does not outlive the caller."""
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None
             for line in process.stdout:
                 yield json.loads(line)
+            yield {"ended": process.wait(timeout=60)}
         finally:
             if process.poll() is None:
                 with contextlib.suppress(subprocess.TimeoutExpired):
@@ -189,7 +202,6 @@ def _report(store: Store, arguments: argparse.Namespace, results: list[dict[str,
 
 
 def _table(rows: list[dict[str, Any]]) -> str:
-    slowest = max((row["total_ms"] for row in rows), default=0.0)
     lines = [
         [
             row["name"],
@@ -204,7 +216,7 @@ def _table(rows: list[dict[str, Any]]) -> str:
             f"{row['compute_ms']:.1f}",
             f"{row['total_ms']:.1f}",
             f"{row['tokens_per_s']:.2f}",
-            f"{slowest / row['total_ms']:.1f}x",
+            f"{rows[0]['total_ms'] / row['total_ms']:.1f}x",
         ]
         for row in rows
     ]

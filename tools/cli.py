@@ -190,7 +190,7 @@ processor, needs another build. INFLASH_KERNELS=xla does without it, INFLASH_KER
 BENCHMARKS: dict[str, Command] = {
     "io": Command(
         module="bench_io",
-        summary="bytes a second that loaders read, beside a plain preadv loop on the same disk",
+        summary="bytes a second by read size and reads under way, and of the loaders, beside fio on the same disk",
         add_arguments=flags.add_bench_io,
         details="  inflash bench io ./opt-6.7b.inflash\n  inflash bench io /mnt/flash --bundle-bytes 32768\n",
     ),
@@ -214,7 +214,7 @@ Every row is a run of its own under a memory cgroup (as root; elsewhere the cach
   naive      everything streamed from flash for every token
   hybrid     attention and embeddings resident, all neurons streamed
   predictor  only predicted neurons are read, up and down rows apart
-  window     recent neurons stay in memory
+  window     the neurons used most stay in memory, or with --window those of the last tokens
   bundles    a neuron is one read
   overlap    neurons in memory are computed while the others are read
   lookahead  neurons are read before their layer, by the guess of a look-ahead predictor
@@ -223,7 +223,7 @@ Every row is a run of its own under a memory cgroup (as root; elsewhere the cach
 The rows predictor and window need a copy of the neurons without bundles, which is made beside the model and removed.
 
   inflash synth ./synth-1.3b --like opt-1.3b
-  inflash bench ablation ./synth-1.3b --memory-limit 1.3GiB --plot ablation.png
+  inflash bench ablation ./synth-1.3b --memory-limit 1.9GiB --plot ablation.png
 """,
     ),
     "llm": Command(

@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -20,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from inflash.kernels import native
 from inflash.kernels.attention import append_decode
 from inflash.kernels.compilation import jit
 from inflash.kernels.decoder_layer import LayerShape, attention_decode
@@ -215,6 +217,33 @@ def test_decoding_copies_no_weight(name: str, batch: int) -> None:
     compiled = lowered.compile()
     assert not copies(compiled, protected)
     assert compiled.memory_analysis().temp_size_in_bytes < 4 * protected  # not one weight as float32
+
+
+@pytest.fixture
+def native_form(built: Path) -> Iterator[None]:
+    """What is traced inside calls the C++ kernels; JAX would take the other form's traces."""
+    jax.clear_caches()
+    with native.choosing(True):
+        yield
+    jax.clear_caches()
+
+
+def test_native_forms_are_given_weights_where_they_lie(native_form: None) -> None:
+    batch = 4
+    for name, case in DECODING.items():
+        lowered, protected = case(batch)
+        compiled = lowered.compile()
+        assert ("inflash_" in compiled.as_text()) == (name not in ("_predict_signs",)), name
+        assert not copies(compiled, protected), name
+
+
+def test_native_attention_is_given_the_donated_cache_where_it_lies(native_form: None) -> None:
+    batch = 4
+    arguments = (f32(batch, D), layer_weights(), cache(batch), cache(batch), i32(batch), SHAPE)
+    compiled = engine._attention_decode.lower(*arguments, num_positions=C).compile()
+    assert "inflash_attend" in compiled.as_text()
+    assert not copies(compiled, min(batch * C * D, D * D), cache=batch * C * D)
+    assert_donated(compiled, batch)
 
 
 @pytest.mark.parametrize("positions", [C, C // 2])

@@ -32,22 +32,6 @@ DTYPES = [np.float32, BFLOAT16]
 EDGES = [1, 2, 31, 32, 33, 200, 257, 300]  # around cache lines, walks of rows and spans of columns
 
 
-@pytest.fixture(scope="session")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The cache folder with a library that is loaded."""
-    cache = tmp_path_factory.mktemp("cache")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(cache))
-        try:
-            library = native_library.build().path
-        except InflashError as error:
-            if isinstance(error, RunError):
-                raise
-            pytest.skip(str(error))
-    native_library.load(library)
-    return cache
-
-
 @pytest.fixture
 def kernels(built: Path) -> Iterator[None]:
     with native.choosing(True):

@@ -104,6 +104,22 @@ def test_more_requests_than_the_ring_holds_may_be_under_way(neurons) -> None:
         assert b.pool.counters()["requests"] == num_requests
 
 
+def test_what_is_asked_for_ahead_stands_back_and_arrives(neurons) -> None:
+    store, layers = neurons
+    with bench(store, loaders=1) as b:
+        tickets = []
+        for turn in range(2 * RING_LENGTH // 3):  # one ahead between two that are not; the ring wraps
+            for number, (first, last) in enumerate(((0, 200), (200, 400), (400, 420))):
+                ids = np.arange(first, last)
+                tickets.append(b.pool.scatter(0, ids, ids, b.parts, ahead=number == 1))
+            if turn % 7 == 0:
+                b.pool.wait(tickets[-1])
+        for ticket in tickets:
+            b.pool.wait(ticket)
+        np.testing.assert_array_equal(b.rows(1)[:420], layers[0][:420, 1].view(np.uint16))
+        assert b.pool.counters()["bytes"] == b.pool.bytes_requested
+
+
 @pytest.mark.parametrize("ring", ["fresh", "wrapped"])
 def test_a_killed_loader_is_told_at_once(neurons, ring: str) -> None:
     with bench(neurons[0]) as b:

@@ -88,7 +88,7 @@ def test_the_command(store: Store, tmp_path: Path, capsys: pytest.CaptureFixture
     out = capsys.readouterr().out
     document = json.loads(out.splitlines()[-1])
     assert [row["name"] for row in document["rows"]] == ["window", "lookahead"]
-    assert "| lookahead |" in out and "+ recent neurons stay in memory" in out
+    assert "| lookahead |" in out and "+ the neurons used most stay in memory" in out
     assert sorted(path.name for path in store.path.parent.iterdir()) == before
 
 
