@@ -36,6 +36,7 @@ _UNBUNDLED = ("predictor", "window")
 _KILLED = (-9, 137)
 _STREAMED_WARM_UP = 2  # nothing is cached there
 _HEADROOM = 0.02  # of the limit, for what no account has: page tables, buffers of the kernel
+_ALLOCATOR_BYTES = 64 << 20  # what malloc kept beyond the program's account with OPT-1.3B's shape, which the kernel ended for it
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -94,12 +95,13 @@ def _configs(store: Store, arguments: argparse.Namespace, rows: list[str]) -> di
                     f"--prefetch {arguments.prefetch} with --predictor {predictor}; make one with inflash train-predictor "
                     "--look-ahead, or leave the row out with --rows"
                 )
-            limit = int(arguments.memory_limit * (1 - _HEADROOM))
+            limit = int(arguments.memory_limit * (1 - _HEADROOM)) - _ALLOCATOR_BYTES
             try:
                 options["cache_neurons"] = slots_within(store, EngineOptions(**options), limit, 1, length)
             except InflashError as error:
                 raise InflashError(
-                    f"{store.path}: row {name}: {error}, which is --memory-limit less {_HEADROOM:.0%} for what no account has"
+                    f"{store.path}: row {name}: {error}, which is --memory-limit less {_HEADROOM:.0%} and "
+                    f"{_ALLOCATOR_BYTES >> 20} MiB for what no account has"
                 ) from error
         configs[name] = {
             "model": str(arguments.model),

@@ -21,7 +21,7 @@ from inflash.tools.cli import build_parser, main
 
 pytestmark = pytest.mark.filterwarnings(BUFFERED)
 
-LIMIT = str(530 << 20)
+LIMIT = str(600 << 20)
 SHORT = ["--tokens", "8", "--warm-up", "8", "--prompt-tokens", "16", "--loaders", "1"]
 
 
