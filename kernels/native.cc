@@ -136,9 +136,8 @@ struct Head {
 
 // out = softmax(query . keys / sqrt(head_dim)) . values over all positions; zeros where there are none.
 inline void attend(const Head& head) {
-  constexpr int R = rows_together(1);
+  constexpr int R = kMixed;
   constexpr int64_t kAhead = 4 * R;  // positions
-  static_assert(R == kMixed);
   const auto [query, keys, values, length, width, out] = head;
   const int64_t most = (length + R - 1) / R * R;
   float* x = scratch<float, 4>(num_operands<Float32, 1>(width));
@@ -147,21 +146,22 @@ inline void attend(const Head& head) {
   float* shares = scratch<float, 5>(most);
   const auto walk = [=](const float* matrix, const auto& add) {
     for (int64_t i = 0; i < length; i += R) {
-      const float *rows[R], *next[R];
+      const float* rows[R];
+      Ahead<float, R> ahead{};
       for (int r = 0; r < R; ++r) {
         rows[r] = matrix + std::min(i + r, length - 1) * width;
-        next[r] = matrix + std::min(i + r + kAhead, length - 1) * width;
+        ahead.next[r] = ahead.after[r] = matrix + std::min(i + r + kAhead, length - 1) * width;
       }
-      add(i, rows, next);
+      add(i, rows, ahead);
     }
   };
-  walk(keys, [=](int64_t i, const auto& rows, const auto& next) { dot_rows<Float32, 1, R>(rows, next, width, x, (float(*)[1])(shares + i)); });
+  walk(keys, [=](int64_t i, const auto& rows, const auto& ahead) { dot_rows<Float32, 1, R>(rows, ahead, width, x, (float(*)[1])(shares + i)); });
   const float largest = *std::max_element(shares, shares + std::max<int64_t>(1, length));
   float total = 0;
   for (int64_t i = 0; i < length; ++i) total += shares[i] = std::exp(shares[i] - largest);
   std::fill(shares + length, shares + most, 0.0f);
   std::fill(out, out + width, 0.0f);
-  walk(values, [=](int64_t i, const auto& rows, const auto& next) { mix_rows<Float32, 1>(rows, next, shares + i, 0, width, out); });
+  walk(values, [=](int64_t i, const auto& rows, const auto& ahead) { mix_rows<Float32, 1>(rows, ahead.next, shares + i, 0, width, out); });
   for (int64_t k = 0; k < width && length; ++k) out[k] /= total;
 }
 

@@ -42,8 +42,9 @@ constexpr int kVectorBytes = 16;
 #endif
 constexpr int kLanes = kVectorBytes / 4;
 constexpr int kLineBytes = 64;  // of the cache
-constexpr int64_t kAheadBytes = 16 << 10;  // how far before its use a row of a matrix is asked for
-constexpr int64_t kChunkBytes = 256 << 10, kFewestChunkBytes = 32 << 10;
+constexpr int64_t kAheadBytes = 1 << 10;  // how far before its use a stream of rows is asked for
+constexpr int64_t kChunkBytes = 256 << 10, kFewestChunkBytes = 64 << 10;
+constexpr int kStreams = 4;  // of rows that are walked side by side: the hardware follows each of them by itself, too
 constexpr int kBurst = 8;  // lines of a row that are asked for at once
 constexpr int kMixed = 8;  // rows that one walk down adds to the sums
 static_assert(kBurst == kMixed);
@@ -214,52 +215,50 @@ const typename Format::Operand* operands(const float* x, int64_t batch, int64_t 
   return packed;
 }
 
-// Rows walked together, two by two: the sums of two for every sequence stay in registers.
-constexpr int rows_together(int batch) { return batch <= 4 ? 8 : 4; }
-
 // Asks for elements of a row, a few lines at a time.
 template <int line, class Element>
 inline void prefetch(const Element* row, int64_t from, int64_t to) {
   for (int64_t at = from; at < to; at += line) __builtin_prefetch(row + at, 0, 2);
 }
 
-// lanes[r][b] += rows[r] . x[b] over `length` columns, whole lines, of two rows.
-template <class Format, int B>
-inline void add_pair(const typename Format::Element* one, const typename Format::Element* other, int64_t length,
-                     const typename Format::Operand* x, Floats (*lanes)[B]) {
-  constexpr int line = kLine<Format>;
-  Floats first[B], second[B];  // in registers
-  for (int b = 0; b < B; ++b) first[b] = lanes[0][b], second[b] = lanes[1][b];
-  for (int64_t at = 0; at < length; at += line)
-    for (int step = 0; step < line; step += Format::kStep)
-      for (int b = 0; b < B; ++b) {
-        const auto* operand = x + at * B + b * line + step;
-        first[b] = Format::dot(first[b], one + at + step, operand);
-        second[b] = Format::dot(second[b], other + at + step, operand);
-      }
-  for (int b = 0; b < B; ++b) lanes[0][b] = first[b], lanes[1][b] = second[b];
-}
+// What to ask for while rows are walked: what lies `rest` elements further on in each of `next`, and beyond its end in `after`.
+template <class Element, int R>
+struct Ahead {
+  const Element *next[R], *after[R];
+  int64_t rest;
+};
 
-// sums[r][b] = rows[r] . x[b], while asking for the rows in `next`. A few lines of two rows, then as many of the next two: memory answers
-// neighbours faster than rows in turn, and many requests at once only wait for each other.
+// sums[r][b] = rows[r] . x[b], while asking for what comes `ahead`, line by line. A few lines of two rows, then as many of the next two: the
+// sums of two rows for every sequence stay in registers.
 template <class Format, int B, int R>
-void dot_rows(const typename Format::Element* const* rows, const typename Format::Element* const* next, int64_t width,
-              const typename Format::Operand* x, float (*sums)[B]) {
+inline void dot_rows(const typename Format::Element* const* rows, const Ahead<typename Format::Element, R>& ahead, int64_t width,
+                     const typename Format::Operand* x, float (*sums)[B]) {
   using Element = typename Format::Element;
   constexpr int line = kLine<Format>;
   Floats lanes[R][B] = {};
-  const int64_t whole = width / line * line;
-  for (int64_t from = 0; from < whole; from += kBurst * line) {
-    const int64_t to = std::min(from + kBurst * line, whole);
-    for (int r = 0; r < R; r += 2) {
-      for (int i = r; i < r + 2; ++i) prefetch<line>(next[i], from, to);
-      add_pair<Format, B>(rows[r] + from, rows[r + 1] + from, to - from, x + from * B, lanes + r);
+  const auto add = [&](int r, const Element* one, const Element* other, int64_t from, int64_t length) {
+    const auto soon = [&](int i, int64_t at) { return (at < width ? ahead.next[i] : ahead.after[i] - width) + at; };
+    Floats first[B], second[B];  // in registers
+    for (int b = 0; b < B; ++b) first[b] = lanes[r][b], second[b] = lanes[r + 1][b];
+    for (int64_t at = 0; at < length; at += line) {
+      __builtin_prefetch(soon(r, from + at + ahead.rest));
+      __builtin_prefetch(soon(r + 1, from + at + ahead.rest));
+      for (int step = 0; step < line; step += Format::kStep)
+        for (int b = 0; b < B; ++b) {
+          const auto* operand = x + (from + at) * B + b * line + step;
+          first[b] = Format::dot(first[b], one + at + step, operand);
+          second[b] = Format::dot(second[b], other + at + step, operand);
+        }
     }
-  }
+    for (int b = 0; b < B; ++b) lanes[r][b] = first[b], lanes[r + 1][b] = second[b];
+  };
+  const int64_t whole = width / line * line;
+  for (int64_t from = 0; from < whole; from += kBurst * line)
+    for (int r = 0; r < R; r += 2) add(r, rows[r] + from, rows[r + 1] + from, from, std::min<int64_t>(kBurst * line, whole - from));
   for (int r = 0; r < R && whole < width; r += 2) {
     Element ends[2][line] = {};
     for (int i = 0; i < 2; ++i) std::copy(rows[r + i] + whole, rows[r + i] + width, ends[i]);
-    add_pair<Format, B>(ends[0], ends[1], line, x + whole * B, lanes + r);
+    add(r, ends[0], ends[1], whole, line);
   }
   sum_lanes<R * B>(lanes[0], sums[0]);
 }
@@ -319,25 +318,32 @@ void mix_rows(const typename Format::Element* const* rows, const typename Format
         sums[b * line + k - whole] += Format::widened(factors[factor_at<Format, B>(r, b)]) * Format::widened(rows[r][k]);
 }
 
-// Calls use(i, sums [B]) with the products of x and row(i), for all rows. A chunk of them is a multiple of what is walked together, and
-// small enough that all threads end at about the same time.
+// Calls use(i, sums [B]) with the products of x and row(i), for all rows. A chunk of them is small enough that all threads end at about the
+// same time, and is walked as streams side by side, each over neighbouring rows: memory answers a few long walks faster than one, and faster
+// than many short ones.
 template <class Format, int B, class Row, class Use>
 Phase dot_all(int64_t num_rows, int64_t width, const typename Format::Operand* x, const Row& row, const Use& use) {
-  constexpr int R = rows_together(B);
-  const int64_t walk_bytes = std::max<int64_t>(1, R * width * sizeof(typename Format::Element));
-  const int64_t bytes = std::clamp(num_rows * walk_bytes / R / 32, kFewestChunkBytes, kChunkBytes);
-  const int64_t size = std::max<int64_t>(1, bytes / walk_bytes) * R, ahead = std::max<int64_t>(1, kAheadBytes / walk_bytes) * R;
+  using Element = typename Format::Element;
+  constexpr int R = kStreams;
+  const int64_t row_bytes = std::max<int64_t>(1, width * sizeof(Element));
+  const int64_t bytes = std::clamp(num_rows * row_bytes / 32, kFewestChunkBytes, kChunkBytes);
+  const int64_t size = std::max<int64_t>(1, bytes / row_bytes / R) * R, skipped = kAheadBytes / row_bytes;
   return {(num_rows + size - 1) / size, [=](int64_t chunk) {
-    const int64_t stop = std::min(num_rows, (chunk + 1) * size);
-    for (int64_t i = chunk * size; i < stop; i += R) {
-      const typename Format::Element *rows[R], *next[R];
+    const int64_t start = chunk * size, stop = std::min(num_rows, start + size), steps = (stop - start + R - 1) / R;
+    for (int64_t step = 0; step < steps; ++step) {
+      const Element* rows[R];
+      Ahead<Element, R> ahead;
+      ahead.rest = kAheadBytes % row_bytes / sizeof(Element);
       for (int r = 0; r < R; ++r) {
-        rows[r] = row(std::min(i + r, stop - 1));
-        next[r] = row(std::min(i + r + ahead, num_rows - 1));
+        const int64_t i = start + r * steps + step;
+        rows[r] = row(std::min(i, stop - 1));
+        ahead.next[r] = row(std::min(i + skipped, num_rows - 1));
+        ahead.after[r] = row(std::min(i + skipped + 1, num_rows - 1));
       }
       float sums[R][B];
-      dot_rows<Format, B, R>(rows, next, width, x, sums);
-      for (int r = 0; r < R && i + r < stop; ++r) use(i + r, sums[r]);
+      dot_rows<Format, B, R>(rows, ahead, width, x, sums);
+      for (int r = 0; r < R; ++r)
+        if (const int64_t i = start + r * steps + step; i < stop) use(i, sums[r]);
     }
   }};
 }

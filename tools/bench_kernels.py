@@ -6,7 +6,8 @@ A token reads every weight that it uses once and does two operations with it, so
 read, decoding takes bytes / bandwidth. The floor is measured in the same run, as the best of a few plain sums over an array much larger
 than any cache. Each kernel's bytes are those of its weights (and of the KV positions that it looks at), however large the batch.
 
-Every round times every kernel once, so that other work on the machine disturbs all of them alike and each finds cold caches. Where native
+Every round times every kernel once, so that other work on the machine disturbs all of them alike and each finds cold caches: not of weights
+alone, but of the code that starts a kernel, too. `nothing` is a call with next to no work, so what any call costs before its first byte. Where native
 kernels are built and not refused, each kernel is measured in both forms in the same rounds. Native kernels do not read the down rows of
 silent neurons; here all neurons are active, so that every byte that is counted is read.
 """
@@ -135,7 +136,7 @@ def run(arguments: argparse.Namespace) -> int:
     floors = _floor_cases()
     cases = [case for batch in BATCHES for case in _cases(weights, batch)]
     if native_library.choose():  # after all the others, so that they do not find each other's weights in a cache
-        cases += [replace(case, name=f"{case.name} native", native=True) for case in cases]
+        cases += [replace(case, name=f"{case.name} native", native=True) for case in cases if case.num_bytes]
     times = _interleaved([case.prepare(case) for case in floors + cases], arguments.seconds)
     rates = [case.num_bytes / seconds / 1e9 for case, seconds in zip(floors + cases, times, strict=True)]
     bandwidth = max(rates[: len(floors)])
@@ -184,6 +185,7 @@ def _cases(weights: _Weights, batch: int) -> list[_Case]:
     predictor_bytes = now.first.nbytes + now.second.nbytes
     dense = partial(block_ffn, count=d_ff, compute_dtype="bfloat16")
     kernels: dict[str, tuple[int, Callable[[_Case], Call]]] = {
+        "nothing": (0, lambda case: case.plain(jnp.negative, x)),
         "linear": (weights.up.nbytes, lambda case: case.plain(linear, x, weights.up, weights.up_bias)),
         "attention projections": (projection_bytes, lambda case: case.plain(_projections, x, qkv, out)),
         "head": (weights.head.nbytes, lambda case: case.plain(linear, x, weights.head)),
