@@ -7,9 +7,9 @@ read, decoding takes bytes / bandwidth. The floor is measured in the same run, a
 than any cache. Each kernel's bytes are those of its weights (and of the KV positions that it looks at), however large the batch.
 
 Every round times every kernel once, so that other work on the machine disturbs all of them alike and each finds cold caches: not of weights
-alone, but of the code that starts a kernel, too. `nothing` is a call with next to no work, so what any call costs before its first byte. Where native
-kernels are built and not refused, each kernel is measured in both forms in the same rounds. Native kernels do not read the down rows of
-silent neurons; here all neurons are active, so that every byte that is counted is read.
+alone, but of the code that starts a kernel, too. `nothing` is a call with next to no work: what any call costs before its first byte.
+Where native kernels are built and not refused, each kernel is measured in both forms in the same rounds. Native kernels do not read the
+down rows of silent neurons; here all neurons are active, so that every byte that is counted is read.
 """
 
 import argparse
