@@ -134,7 +134,8 @@ def _run_row(name: str, config: dict[str, Any], limit: int, progress) -> dict[st
                     return {"skipped": document["error"]}
                 raise RunError(f"row {name}: {document['error']}")
             if "result" in document:
-                return {**document["result"], "limited": group is not None, "options": config["options"]}
+                peak = group.peak_bytes() if group else None
+                return {**document["result"], "limited": group is not None, "peak_bytes": peak, "options": config["options"]}
             if "ended" in document:
                 code = document["ended"]
                 why = "killed, likely for memory; try a larger --memory-limit" if code in _KILLED else f"exit code {code}"
@@ -209,6 +210,7 @@ def _table(rows: list[dict[str, Any]]) -> str:
             row["name"],
             WHAT[row["name"]],
             f"{row['dram_bytes'] / 2**30:.2f}",
+            f"{row['peak_bytes'] / 2**30:.2f}" if row["peak_bytes"] else "-",
             f"{row['flash_bytes_per_token'] / 2**20:.1f}",
             f"{row['reads_per_token']:.0f}",
             f"{row['flash_bytes_per_token'] / max(row['reads_per_token'], 1) / 1024:.0f}",
@@ -222,5 +224,5 @@ def _table(rows: list[dict[str, Any]]) -> str:
         ]
         for row in rows
     ]
-    names = ["row", "what", "DRAM GiB", "flash MiB/token", "reads/token", "KiB/read", "GB/s", "I/O wait ms", "memory ms"]
+    names = ["row", "what", "DRAM GiB", "peak GiB", "flash MiB/token", "reads/token", "KiB/read", "GB/s", "I/O wait ms", "memory ms"]
     return table([*names, "compute ms", "total ms", "tokens/s", "speed"], lines)

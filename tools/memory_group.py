@@ -3,12 +3,14 @@
 import contextlib
 import os
 import subprocess
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 CGROUP = Path("/sys/fs/cgroup")
+_LEAVE_S = 10.0
 
 
 class NoCgroup(Exception):
@@ -64,4 +66,17 @@ def memory_group(limit: int) -> Iterator[MemoryGroup]:
             raise NoCgroup(f"{folder}: no limit can be set: {error.strerror}") from error
         yield MemoryGroup(folder=folder, version=version)
     finally:
-        folder.rmdir()
+        _remove(folder)
+
+
+def _remove(folder: Path) -> None:
+    """Removes the group; processes that have been told to end may need a moment to leave it."""
+    deadline = time.monotonic() + _LEAVE_S
+    while True:
+        try:
+            folder.rmdir()
+            return
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.05)

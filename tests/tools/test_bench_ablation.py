@@ -88,6 +88,8 @@ def test_the_command(store: Store, tmp_path: Path, capsys: pytest.CaptureFixture
     out = capsys.readouterr().out
     document = json.loads(out.splitlines()[-1])
     assert [row["name"] for row in document["rows"]] == ["window", "lookahead"]
+    for row in document["rows"]:  # a cgroup needs root
+        assert 50 << 20 < row["peak_bytes"] <= byte_count(LIMIT) if row["limited"] else row["peak_bytes"] is None
     assert "| lookahead |" in out and "+ the neurons used most stay in memory" in out
     assert sorted(path.name for path in store.path.parent.iterdir()) == before
 
