@@ -21,8 +21,8 @@ $(STAMP): pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable . --group dev
 	touch $@
 
-test: $(STAMP) ## run the tests, two at a time
-	$(BIN)/pytest -n 2
+test: $(STAMP) ## run the tests, two files at a time
+	$(BIN)/pytest -n 2 --dist loadfile
 
 lint: lint-format lint-style lint-types ## check the format, the style and the types
 

@@ -1,9 +1,12 @@
 """What holds for every test: strict JAX, fresh random examples without deadlines, and nothing left behind."""
 
 import atexit
+import fcntl
 import multiprocessing
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -12,18 +15,20 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+if "INFLASH_TEST_RUN" not in os.environ:  # pytest-xdist's workers inherit it
+    os.environ["INFLASH_TEST_RUN"] = tempfile.mkdtemp(prefix="inflash-tests-")
+    atexit.register(shutil.rmtree, os.environ["INFLASH_TEST_RUN"], ignore_errors=True)
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     # Test processes, and commands that tests run, compile the same kernels: one run shares what it has compiled.
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="inflash-tests-")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.join(os.environ["INFLASH_TEST_RUN"], "xla")
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
-    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 os.environ["INFLASH_KERNELS"] = "xla"  # whatever the user has built; commands that tests run inherit it
 
 import jax
 
-from inflash.errors import InflashError, RunError
+from inflash.errors import InflashError
 from inflash.pipeline import native_library
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -32,6 +37,8 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 settings.register_profile("inflash", deadline=None, print_blob=True)  # the first example of a jitted function compiles it
 settings.load_profile("inflash")
 
+SHARED = Path(os.environ["INFLASH_TEST_RUN"])
+"""What all processes of one test run share."""
 SHARED_MEMORY = Path("/dev/shm")
 OURS = ("psm_", "sem.", "inflash")  # multiprocessing's names and any that we might give
 GRACE_S = 2.0
@@ -48,19 +55,30 @@ def golden() -> Path:
 
 
 @pytest.fixture(scope="session")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The cache folder with native kernels, built once a run and loaded; not used but where a test says so."""
-    cache = tmp_path_factory.mktemp("cache")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(cache))
-        try:
-            library = native_library.build().path
-        except InflashError as error:
-            if isinstance(error, RunError):
-                raise
-            pytest.skip(str(error))
+def build_output() -> str:
+    """What `inflash build-kernels` said; it takes a compiler 20 seconds, so it runs once, with `SHARED` for a cache folder."""
+    try:
+        native_library._compiler()
+    except InflashError as error:
+        pytest.skip(str(error))
+    said = SHARED / "build-kernels.txt"
+    with (SHARED / "build-kernels.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not said.exists():
+            environment = {**os.environ, "XDG_CACHE_HOME": str(SHARED), "INFLASH_KERNELS": "auto"}
+            command = [sys.executable, "-m", "inflash.tools.cli", "build-kernels"]
+            ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+            assert (ended.returncode, ended.stderr) == (0, "")
+            said.write_text(ended.stdout)
+    return said.read_text()
+
+
+@pytest.fixture(scope="session")
+def built(build_output: str) -> Path:
+    """The cache folder with native kernels, loaded; not used but where a test says so."""
+    (library,) = (SHARED / "inflash").iterdir()
     native_library.load(library)
-    return cache
+    return SHARED
 
 
 @pytest.fixture(autouse=True)

@@ -64,7 +64,7 @@ def assert_close(found, expected: np.ndarray, added: np.ndarray, dtype) -> None:
 
 @pytest.mark.parametrize(("batch", "sizes", "dtype"), alternating_dtypes([1, 2, 4, 7, 10]))
 def test_gathered_agrees_with_reference(rng, batch, sizes, dtype):
-    for num_padded, count in [(24, 17), (7, 7)]:
+    for num_padded, count in [(24, 17), (7, 7)] if sizes == SIZES[0] else [(24, 17)]:
         problem = gathered_problem(rng, batch, sizes, num_padded, count, dtype)
         expected = by_reference(problem)
         assert_close(by_kernel(problem, np.dtype(dtype)), expected, expected - problem["accumulator"], dtype)
