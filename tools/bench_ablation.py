@@ -224,5 +224,7 @@ def _table(rows: list[dict[str, Any]]) -> str:
         ]
         for row in rows
     ]
-    names = ["row", "what", "DRAM GiB", "peak GiB", "flash MiB/token", "reads/token", "KiB/read", "GB/s", "I/O wait ms", "memory ms"]
-    return table([*names, "compute ms", "total ms", "tokens/s", "speed"], lines)
+    memory = ["row", "what", "DRAM GiB", "peak GiB"]
+    reads = ["flash MiB/token", "reads/token", "KiB/read", "GB/s"]
+    times = ["I/O wait ms", "memory ms", "compute ms", "total ms", "tokens/s", "speed"]
+    return table([*memory, *reads, *times], lines)
