@@ -12,9 +12,6 @@ from .requests import Continuation, Request, RequestProgress
 from .sampler import Sampler
 from .text import TokenBytes
 
-PROMPT_TOKENS = 4096
-"""Tokens of prompts that pass through the layers together; bounds the activations in memory."""
-
 
 class Scheduler:
     """Runs requests on an engine. One at a time: the engine has one KV cache."""
@@ -40,7 +37,7 @@ class Scheduler:
         slots: list[Continuation | None] = [None] * self._engine.num_seqs
         while waiting or any(slots):
             running = [(row, c) for row, c in enumerate(slots) if c is not None]
-            admitted = self._admit(slots, waiting)
+            admitted = self._admit(slots, waiting, self._engine.plan.prompt_tokens)
             if admitted:
                 logits = self._engine.process_prompts(
                     [(row, np.asarray(c.request.prompt_token_ids, np.int32)) for row, c in admitted]
@@ -66,7 +63,9 @@ class Scheduler:
         return RequestProgress(request, max_length=self._max_length, end_ids=self._end_ids, token_bytes=self._token_bytes)
 
     @staticmethod
-    def _admit(slots: list[Continuation | None], waiting: deque[Continuation]) -> list[tuple[int, Continuation]]:
+    def _admit(
+        slots: list[Continuation | None], waiting: deque[Continuation], most_tokens: int
+    ) -> list[tuple[int, Continuation]]:
         """Puts waiting continuations into free slots, in order, as many as pass through the layers together."""
         admitted: list[tuple[int, Continuation]] = []
         num_tokens = 0
@@ -74,7 +73,7 @@ class Scheduler:
             if not waiting:
                 break
             num_tokens += len(waiting[0].request.prompt_token_ids)
-            if admitted and num_tokens > PROMPT_TOKENS:
+            if admitted and num_tokens > most_tokens:
                 break
             continuation = waiting.popleft()
             slots[row] = continuation

@@ -19,13 +19,19 @@ _BLOCK_BYTES = 16 << 20  # what is held beside the tensor that it goes to
 
 
 def read_tensors(
-    folder: Path, specs: tuple[TensorSpec, ...], *, verify: bool = False, remedy: str = "convert the model again"
+    folder: Path,
+    specs: tuple[TensorSpec, ...],
+    *,
+    skip: frozenset[str] = frozenset(),
+    verify: bool = False,
+    remedy: str = "convert the model again",
 ) -> Iterator[tuple[Piece, np.ndarray]]:
     """Yields the group `folder` in order, some rows of a tensor at a time.
 
     Args:
       folder: what `resident.save_tensors` wrote.
       specs: the group's tensors.
+      skip: names of tensors that are not wanted.
       verify: compare every leaf with its checksum, for which it is read whole.
       remedy: what to do about damage.
 
@@ -34,7 +40,7 @@ def read_tensors(
     """
     checksums = read_checksums(folder, remedy) if verify else {}
     for number, checkpoint in enumerate(pieces(specs)):
-        for piece in checkpoint:
+        for piece in (piece for piece in checkpoint if piece.spec.name not in skip):
             array, dtype = open_leaf(folder / str(number), piece), dtype_of(piece.spec.dtype)
             rows = piece.stop - piece.start
             step = rows if verify else max(1, _BLOCK_BYTES // array.row_bytes)
@@ -52,7 +58,9 @@ def _read_rows(array: RawArray, first: int, count: int) -> np.ndarray:
     """The bytes of rows that follow each other in the file. They leave the page cache, where they would stand beside the copy."""
     offset, length = int(array.row_offsets[first]), count * array.row_bytes
     if int(array.row_offsets[first + count - 1]) != offset + length - array.row_bytes:
-        raise InflashError(f"{array.file}: expected its rows in order; only stores written by `inflash convert` can be read directly")
+        raise InflashError(
+            f"{array.file}: expected its rows in order; only stores written by `inflash convert` can be read directly"
+        )
     descriptor = os.open(array.file, os.O_RDONLY)
     try:
         content = np.empty(length, np.uint8)

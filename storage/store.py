@@ -68,9 +68,15 @@ class Store:
     def resident_folder(self, layer: int | None) -> Path:
         return self.path / RESIDENT_FOLDER / resident_name(layer)
 
-    def load_resident(self, layer: int | None, *, verify: bool = False) -> Iterator[tuple[Piece, np.ndarray]]:
-        """The resident tensors of a layer (None: the embeddings), some rows at a time, compared with their checksums if asked for."""
-        return read_tensors(self.resident_folder(layer), resident_specs(self.config, layer, self.dtype), verify=verify)
+    def load_resident(
+        self, layer: int | None, *, skip: frozenset[str] = frozenset(), verify: bool = False
+    ) -> Iterator[tuple[Piece, np.ndarray]]:
+        """The resident tensors of a layer (None: the embeddings) but those that `skip` names, some rows at a time.
+
+        `verify`: they are compared with their checksums.
+        """
+        specs = resident_specs(self.config, layer, self.dtype)
+        return read_tensors(self.resident_folder(layer), specs, skip=skip, verify=verify)
 
     def predictor_folder(self, name: str, layer: int) -> Path:
         return self.path / PREDICTORS_FOLDER / name / resident_name(layer)

@@ -151,10 +151,8 @@ class _Measurement:
 
     def _prompts(self, length: int) -> float:
         """Seconds for a prompt of every sequence; as many together as the scheduler would admit."""
-        from ..pipeline.scheduler import PROMPT_TOKENS
-
         elapsed = 0.0
-        together = max(1, PROMPT_TOKENS // max(length, 1))
+        together = max(1, self._engine.plan.prompt_tokens // max(length, 1))
         prompts = list(enumerate(self._random_ids(self._num_seqs, length))) if length else []
         for start in range(0, len(prompts), together):
             admitted = prompts[start : start + together]
@@ -185,16 +183,15 @@ class _Measurement:
 
 def _document(store: Store, engine: "Engine", tests: Sequence[SpeedTest], samples: Sequence[Sequence[float]]) -> dict[str, Any]:
     """What the last line says; docs/cli.md lists the keys."""
-    options, d_ff = engine.options, store.config.d_ff
-    slots = {"sparse": options.cache_slots(d_ff), "resident": d_ff}.get(options.ffn, 0)
+    options = engine.options
     return {
         "model": str(store.path),
         "size_bytes": resident_bytes(store.config, store.dtype) + neuron_bytes(store.config, store.dtype),
         "parameters": _parameters(store),
         "dtype": store.dtype,
         "ffn": options.ffn,
-        "predictor": engine.predictor_name,
-        "cached_share": slots / d_ff,
+        "predictor": engine.plan.predictor,
+        "cached_share": sum(engine.plan.slots) / (store.config.d_ff * store.config.num_layers),
         "max_num_seqs": options.max_num_seqs,
         "memory_bytes": _memory_bytes(engine),
         "results": [

@@ -114,7 +114,11 @@ def test_a_missing_group(tmp_path: Path, read) -> None:
         next(read(tmp_path / "group", SPECS))
 
 
-@pytest.mark.parametrize("other", [{"shape": (4, 5)}, {"dtype": "float16"}, {"dtype": "uint8"}, {"name": "another"}], ids=["shape", "dtype", "bytes", "name"])
+@pytest.mark.parametrize(
+    "other",
+    [{"shape": (4, 5)}, {"dtype": "float16"}, {"dtype": "uint8"}, {"name": "another"}],
+    ids=["shape", "dtype", "bytes", "name"],
+)
 @READERS
 def test_what_contradicts_the_specs_is_refused(tmp_path: Path, other: dict, read) -> None:
     spec = {"name": "matrix", "shape": (4, 4), "dtype": "float32"}
