@@ -30,7 +30,7 @@ from .matrix_source import MatrixSource, ResidentMatrices, StreamedMatrices
 from .memory_parts import kv_cache_bytes, memory_parts
 from .neuron_rows import NeuronRows
 from .options import EngineOptions
-from .plan import Plan, plan_from_options
+from .plan import CACHED, Plan, guessed_layers, plan_from_options
 from .predictors import (
     AllNeurons,
     ExactPredictor,
@@ -120,7 +120,7 @@ class Engine:
                 streamed.bind(self._slab, self._pool)
             self.neurons.bind(self._slab, self._pool)
             self._predictor = self._make_predictor()
-            self._ahead = self._load_predictor(plan.prefetch) if plan.prefetch else None
+            self._ahead = self._load_predictor(plan.prefetch, guessed_layers(plan)) if plan.prefetch else None
         except BaseException:
             self.close()
             raise
@@ -133,12 +133,12 @@ class Engine:
             return AllNeurons(self.config.d_ff)
         if self.plan.predictor == "exact":
             assert self.neurons.streamed is not None
-            return ExactPredictor(self.weights, self.neurons.streamed.up_rows)
+            return ExactPredictor(self.weights, self.neurons.streamed.up_rows, self.plan.layers(CACHED))
         assert self.plan.predictor is not None
-        return self._load_predictor(self.plan.predictor)
+        return self._load_predictor(self.plan.predictor, self.plan.layers(CACHED))
 
-    def _load_predictor(self, name: str) -> StoredPredictor:
-        return StoredPredictor(self.store, name, verify=self.options.verify)
+    def _load_predictor(self, name: str, layers: Sequence[int]) -> StoredPredictor:
+        return StoredPredictor(self.store, name, layers, verify=self.options.verify)
 
     def prepare(self, num_seqs: int, max_length: int) -> None:
         """Makes room for `num_seqs` sequences of up to `max_length` tokens and compiles everything they need.

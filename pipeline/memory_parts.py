@@ -11,7 +11,7 @@ from .feed_forward import STREAM_BUFFERS, block_rows
 from .fixed_shapes import CHUNK_SIZES, capacity_for
 from .host_memory import program_bytes
 from .options import EngineOptions
-from .plan import RESIDENT, Plan, plan_from_options
+from .plan import CACHED, RESIDENT, Plan, guessed_layers, plan_from_options
 from .predictors import predictor_bytes
 from .weights import compute_dtype, loaded_bytes
 
@@ -21,12 +21,12 @@ _ACTIVATIONS = 5  # of a prompt's tokens at a time, [T, D] f32 each: input, resi
 def memory_parts(store: Store, options: EngineOptions, plan: Plan) -> dict[str, int]:
     """Bytes by name. The KV cache comes on top where the plan does not say its size, see `kv_cache_bytes`."""
     compute = compute_dtype(options.compute_dtype, store.dtype)
-    predictors = [name for name in (plan.predictor, plan.prefetch) if name is not None]
+    predictors = ((plan.predictor, plan.layers(CACHED)), (plan.prefetch, guessed_layers(plan)))
     return {
         "attention and embeddings": loaded_bytes(store, compute, plan.streamed_names),
         "neurons": sum(plan.slots) * store.bundles.bundle_bytes,
         "buffers": buffer_bytes(store, plan),
-        "predictor": sum(predictor_bytes(store, name, compute) for name in predictors),
+        "predictor": sum(predictor_bytes(store, name, compute, layers) for name, layers in predictors if name),
         "activations": activation_bytes(store, plan),
         "KV cache": kv_cache_bytes(store, plan.num_seqs, plan.max_length) if plan.num_seqs else 0,
         "program": program_bytes(plan.loaders),

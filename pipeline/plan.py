@@ -70,6 +70,11 @@ class Plan:
         return asdict(self)
 
 
+def guessed_layers(plan: Plan) -> list[int]:
+    """The layers whose neurons the look-ahead predictor guesses: all that are cached and have one before them."""
+    return [layer for layer in plan.layers(CACHED) if layer]
+
+
 def plan_from_options(store: Store, options: EngineOptions) -> Plan:
     """The plan that a user's flags name.
 
