@@ -57,7 +57,12 @@ class _Prefetch:
 
 
 class CachedFeedForward:
-    """Predicted neurons, those in the cache computed while the others are being read. See `FeedForward`."""
+    """Predicted neurons, those in the cache computed while the others are being read. See `FeedForward`.
+
+    Attributes:
+      slots: neurons that memory has room for, by layer.
+      missed: neurons that were read because of guesses and predictions, by layer.
+    """
 
     def __init__(
         self,
@@ -72,6 +77,7 @@ class CachedFeedForward:
         d_ff = store.config.d_ff
         self._compute, self._times, self._d_ff, self._overlap = compute, StepTimes(), d_ff, options.overlap
         self.slots = dict(slots)
+        self.missed = dict.fromkeys(slots, 0)
         self._gather_sizes = doublings(SMALLEST_GATHER, max(slots.values()))
         self._layers = {layer: NeuronRows(slab, store.bundles, d_ff, count) for layer, count in slots.items()}
         self._caches = {layer: make_cache(d_ff, count, options.policy, options.window) for layer, count in slots.items()}
@@ -130,6 +136,7 @@ class CachedFeedForward:
             ticket = self._ask(layer, placement)
             ready, late = self._split(placement, prefetch)
             self._times.count(hits=len(placement.hit_ids), misses=len(placement.miss_ids))
+            self.missed[layer] += len(placement.miss_ids)
         if guessing:
             self.prefetch(layer + 1, tile)
         if self._overlap:
@@ -156,6 +163,7 @@ class CachedFeedForward:
             self._caches[layer].begin_token()
             placement = self._caches[layer].place(neuron_ids)
             self._times.prefetched += len(placement.miss_ids)
+            self.missed[layer] += len(placement.miss_ids)
             self._prefetches[layer] = _Prefetch(self._ask(layer, placement, ahead=True), placement.miss_ids, placement.miss_slots)
 
     def _take_prefetch(self, layer: int, placement: Placement) -> _Prefetch | None:

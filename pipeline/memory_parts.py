@@ -33,6 +33,12 @@ def memory_parts(store: Store, options: EngineOptions, plan: Plan) -> dict[str, 
     }
 
 
+def total_bytes(store: Store, options: EngineOptions, plan: Plan) -> int:
+    """All that processes which are yet to start will hold."""
+    parts = memory_parts(store, options, plan)
+    return sum(parts.values()) - parts["program"] + program_bytes(plan.loaders, from_nothing=True)
+
+
 def kv_cache_bytes(store: Store, num_seqs: int, max_length: int) -> int:
     """Of B sequences up to a length, float32."""
     config = store.config

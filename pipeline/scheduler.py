@@ -13,6 +13,16 @@ from .sampler import Sampler
 from .text import TokenBytes
 
 
+def sequences_of(requests: Sequence[Request]) -> int:
+    """Continuations that the requests ask for."""
+    return sum(request.sampling_params.n for request in requests)
+
+
+def longest_of(requests: Sequence[Request]) -> int:
+    """Tokens of the longest of them, prompt and output."""
+    return max(len(request.prompt_token_ids) + request.sampling_params.max_tokens for request in requests)
+
+
 class Scheduler:
     """Runs requests on an engine. One at a time: the engine has one KV cache."""
 
@@ -53,10 +63,10 @@ class Scheduler:
 
     def _prepare(self, requests: Sequence[Request]) -> None:
         """Sizes the engine for these requests, in powers of two so that the next call finds it compiled."""
-        sequences = sum(request.sampling_params.n for request in requests)
-        num_seqs = min(self._engine.options.max_num_seqs, 1 << (sequences - 1).bit_length())
-        longest = max(len(r.prompt_token_ids) + r.sampling_params.max_tokens for r in requests)
-        self._engine.prepare(num_seqs, min(longest, self._max_length))
+        sequences = sequences_of(requests)
+        most = self._engine.plan.num_seqs or self._engine.options.max_num_seqs
+        num_seqs = min(most, 1 << (sequences - 1).bit_length())
+        self._engine.prepare(num_seqs, min(longest_of(requests), self._max_length))
         self._sampler.warm_up(num_seqs, [request.sampling_params for request in requests])
 
     def _begin(self, request: Request) -> RequestProgress:

@@ -6,6 +6,7 @@ them together. What a value may be is checked there, once, for Python and the co
 
 import argparse
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -30,6 +31,25 @@ def share_or_count(text: str) -> float | int:
 def token_ids(text: str) -> list[int]:
     """`2,50256` is [2, 50256]."""
     return [int(part) for part in text.split(",")]
+
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
+
+
+def byte_count(text: str) -> int:
+    """7GiB, 7000MB, 7e9: a number of bytes."""
+    match = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*(|[kmg]i?)b?\s*", text.lower())
+    try:
+        if match and (count := int(float(match[1]) * _UNITS[match[2]])) > 0:
+            return count
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"expected bytes such as 7GiB, 7000MB or 7000000000, found {text!r}")
+
+
+def memory_size(text: str) -> int | str:
+    """A number of bytes, or `auto`."""
+    return text if text == "auto" else byte_count(text)
 
 
 ENGINE_FLAGS: dict[str, dict[str, Any]] = {
@@ -96,6 +116,12 @@ ENGINE_FLAGS: dict[str, dict[str, Any]] = {
         "type": int,
         "metavar": "BYTES",
         "help": "neurons at most so far apart on flash are read together, with what lies between (default: %(default)s)",
+    },
+    "memory": {
+        "type": memory_size,
+        "metavar": "BYTES|auto",
+        "help": "memory for everything, such as 6GiB; inflash plan says how it is spent, and flags that are given are kept. auto: what "
+        "is free, less a reserve (default: what the other flags come to)",
     },
     "seed": {
         "type": int,

@@ -1,24 +1,10 @@
 """Flags of the larger benchmarks."""
 
 import argparse
-import re
 from pathlib import Path
 
 from ..pipeline.options import EngineOptions
-from .arguments import add_model
-
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
-
-
-def byte_count(text: str) -> int:
-    """7GiB, 7000MB, 7e9: a number of bytes."""
-    match = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*(|[kmg]i?)b?\s*", text.lower())
-    try:
-        if match and (count := int(float(match[1]) * _UNITS[match[2]])) > 0:
-            return count
-    except ValueError:
-        pass
-    raise argparse.ArgumentTypeError(f"expected bytes such as 7GiB, 7000MB or 7000000000, found {text!r}")
+from .arguments import add_model, byte_count
 
 
 def row_names(text: str) -> tuple[str, ...]:
