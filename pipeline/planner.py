@@ -28,7 +28,7 @@ _SLOT_STEPS = 64  # of a layer's neurons
 _SMALL_BLOCK_BYTES = 2 << 20
 _PROMPT_TOKENS = 1024
 _MOST_DEPTH = 128
-_MOST_SCALE = 4.0  # that a few steps may change a curve by
+_MOST_SCALE = 10.0  # that a few steps may change a curve by
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,6 +122,36 @@ class Planner:
     def least_bytes(self, num_seqs: int, max_length: int) -> int:
         """The smallest budget that `plan` accepts."""
         return min(total_bytes(self.store, self.options, frame) for frame in self._frames(num_seqs, max_length))
+
+    def most_bytes(self, num_seqs: int, max_length: int) -> int:
+        """A budget beyond which more memory brings nothing."""
+        everything = self.store.config.num_layers * self.store.bundles.layer_bytes
+        return max(
+            total_bytes(self.store, self.options, frame) + everything - sum(frame.slots) * self.store.bundles.bundle_bytes
+            for frame in self._frames(num_seqs, max_length)
+        )
+
+    def fits(self, plan: Plan, memory_bytes: int) -> bool:
+        return total_bytes(self.store, self.options, plan) <= memory_bytes
+
+    def alternatives(self, planned: PlannedRun) -> Iterator[tuple[str, Plan]]:
+        """Other splits of the same budget: more or less attention in memory, guesses or none, the same slots for all layers."""
+        plan, num_layers = planned.plan, self.store.config.num_layers
+        streamed = sum(plan.streamed_attention)
+        for change in (-3, 3):
+            count = min(max(streamed + change, 0), num_layers)
+            frame = replace(
+                plan, streamed_attention=_spread(count, num_layers), slots=self._fewest_slots(plan.ffn, planned.num_seqs)
+            )
+            other = self._filled(frame, planned.memory_bytes) if CACHED in plan.ffn and count != streamed else None
+            if other is not None:
+                yield f"attention of {count} layers streamed", other
+        if plan.prefetch is not None:
+            frame = replace(plan, prefetch=None, slots=self._fewest_slots(plan.ffn, planned.num_seqs))
+            if (other := self._filled(frame, planned.memory_bytes)) is not None:
+                yield "nothing read before its layer", other
+        if len(set(plan.slots)) > 1 and RESIDENT not in plan.ffn:
+            yield "the same slots for every layer", replace(plan, slots=(sum(plan.slots) // num_layers,) * num_layers)
 
     def fitting_seqs(self, memory_bytes: int, num_seqs: int, max_length: int) -> int:
         """The largest power of two of sequences, up to `num_seqs`, for which there is room; 1 where there is none."""
