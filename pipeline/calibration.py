@@ -15,7 +15,7 @@ from .options import EngineOptions
 from .predictors import LayerPredictor, choose_predictor, choose_prefetch, load_layer
 from .weights import on_device
 
-TOKENS, CONTEXT = 512, 128
+TOKENS, CONTEXT = 512, 256
 """Enough for three times the half-life of a cache's counts, at a cost of some seconds."""
 
 

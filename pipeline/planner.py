@@ -61,6 +61,7 @@ class Planner:
         """Raises InflashError where the store lacks the predictor that the options name."""
         self.store, self.options, self.device, self.curves = store, options, device, curves
         self.cost = CostModel(store, options, device, curves)
+        self._sized: dict[tuple[int, int], list[tuple[Plan, int]]] = {}
         self._given = plan_from_options(store, options) if self._is_given("ffn") and options.ffn != "sparse" else None
 
     def plan(self, memory_bytes: int, num_seqs: int, max_length: int, positions: int | None = None) -> PlannedRun:
@@ -77,8 +78,8 @@ class Planner:
         self.check(memory_bytes, num_seqs, max_length)
         positions = max_length // 2 if positions is None else positions
         best: tuple[float, Plan, StepCost] | None = None
-        for frame in self._frames(num_seqs, max_length):
-            if (plan := self._filled(frame, memory_bytes)) is None:
+        for frame, frame_bytes in self._sized_frames(num_seqs, max_length):
+            if (plan := self._filled(frame, memory_bytes - frame_bytes)) is None:
                 continue
             cost = self.cost.predict(plan, num_seqs, positions)
             if best is None or cost.total_ms < best[0]:
@@ -121,14 +122,14 @@ class Planner:
 
     def least_bytes(self, num_seqs: int, max_length: int) -> int:
         """The smallest budget that `plan` accepts."""
-        return min(total_bytes(self.store, self.options, frame) for frame in self._frames(num_seqs, max_length))
+        return min(num_bytes for _, num_bytes in self._sized_frames(num_seqs, max_length))
 
     def most_bytes(self, num_seqs: int, max_length: int) -> int:
         """A budget beyond which more memory brings nothing."""
         everything = self.store.config.num_layers * self.store.bundles.layer_bytes
         return max(
-            total_bytes(self.store, self.options, frame) + everything - sum(frame.slots) * self.store.bundles.bundle_bytes
-            for frame in self._frames(num_seqs, max_length)
+            num_bytes + everything - sum(frame.slots) * self.store.bundles.bundle_bytes
+            for frame, num_bytes in self._sized_frames(num_seqs, max_length)
         )
 
     def fits(self, plan: Plan, memory_bytes: int) -> bool:
@@ -143,12 +144,13 @@ class Planner:
             frame = replace(
                 plan, streamed_attention=_spread(count, num_layers), slots=self._fewest_slots(plan.ffn, planned.num_seqs)
             )
-            other = self._filled(frame, planned.memory_bytes) if CACHED in plan.ffn and count != streamed else None
+            room = planned.memory_bytes - total_bytes(self.store, self.options, frame)
+            other = self._filled(frame, room) if CACHED in plan.ffn and count != streamed else None
             if other is not None:
                 yield f"attention of {count} layers streamed", other
         if plan.prefetch is not None:
             frame = replace(plan, prefetch=None, slots=self._fewest_slots(plan.ffn, planned.num_seqs))
-            if (other := self._filled(frame, planned.memory_bytes)) is not None:
+            if (other := self._filled(frame, planned.memory_bytes - total_bytes(self.store, self.options, frame))) is not None:
                 yield "nothing read before its layer", other
         if len(set(plan.slots)) > 1 and RESIDENT not in plan.ffn:
             yield "the same slots for every layer", replace(plan, slots=(sum(plan.slots) // num_layers,) * num_layers)
@@ -175,6 +177,14 @@ class Planner:
             else min(self.device.best_depth(size), _MOST_DEPTH),
             "merge_gap": options.merge_gap if self._is_given("merge_gap") else gap,
         }
+
+    def _sized_frames(self, num_seqs: int, max_length: int) -> list[tuple[Plan, int]]:
+        """`_frames` with the bytes that each holds."""
+        key = (num_seqs, max_length)
+        if key not in self._sized:
+            frames = self._frames(num_seqs, max_length)
+            self._sized[key] = [(frame, total_bytes(self.store, self.options, frame)) for frame in frames]
+        return self._sized[key]
 
     def _frames(self, num_seqs: int, max_length: int) -> Iterator[Plan]:
         """Plans with as little memory as their kind can do with; which ones does not depend on the budget."""
@@ -256,9 +266,8 @@ class Planner:
     def _step(self) -> int:
         return max(1, self.store.config.d_ff // _SLOT_STEPS)
 
-    def _filled(self, frame: Plan, memory_bytes: int) -> Plan | None:
-        """The frame with what the budget leaves given to the layers; None where it is too large already."""
-        room = memory_bytes - total_bytes(self.store, self.options, frame)
+    def _filled(self, frame: Plan, room: int) -> Plan | None:
+        """The frame with so many more bytes given to the layers; None where it is too large already."""
         if room < 0:
             return None
         if self._given is not None or self._is_given("cache_neurons"):

@@ -44,33 +44,30 @@ def least(store: Store, **options: Any) -> int:
     return planner.least_bytes(2, 28)
 
 
-@pytest.mark.parametrize("options", [{}, {"predictor": "exact"}], ids=["anything", "cached"])
-def test_texts_are_the_dense_model_s_at_every_budget(store: Store, dense: list[list[int]], options: dict[str, Any]) -> None:
-    smallest = least(store, **options)
-    kinds = set()
-    for more in (0, 400 << 10, 4 << 20):
-        with LLM(store.path, memory=smallest + more, **options) as llm:
+def test_texts_are_the_dense_model_s_at_every_budget(store: Store, dense: list[list[int]]) -> None:
+    """The larger budget's slots then move to where more is missed than the curves say, which are alike for all layers."""
+    smallest, seen = least(store, predictor="exact"), set()
+    for more in (0, 300 << 10):
+        with LLM(store.path, memory=smallest + more, predictor="exact") as llm:
             assert texts(llm) == dense
             assert llm.planned is not None and llm.planned.used_bytes <= smallest + more
-            kinds.add((llm.planned.plan.ffn, llm.planned.plan.slots, llm.planned.plan.streamed_attention))
+            seen.add((llm.planned.plan.slots, llm.planned.plan.streamed_attention))
             assert llm.run_summary()["predicted"]["total_ms"] > 0
-    assert len(kinds) == 3
+            cached = llm.engine.neurons.cached
+            assert cached is not None
+            if more:
+                before, cached.missed[1] = dict(cached.slots), cached.missed[1] + 40 * 256
+                assert texts(llm) == dense
+                assert cached.slots[1] > before[1] and sum(cached.slots.values()) <= sum(before.values())
+                assert texts(llm) == dense
+    assert len(seen) == 2
 
 
 def test_a_budget_below_the_least_says_the_least(store: Store) -> None:
-    smallest = least(store)
-    with LLM(store.path, memory=smallest - 1) as llm, pytest.raises(InflashError) as error:
-        llm.generate(PROMPTS * 2, GREEDY)
-    assert "need at least" in str(error.value)
-    with pytest.raises(InflashError, match="need at least .* give more memory"):
+    with pytest.raises(InflashError, match=r"1 x 1 tokens need at least \d+ MiB, found a budget of 1 MiB; give more memory"):
         LLM(store.path, memory=1 << 20)
-
-
-def test_fewer_sequences_where_not_all_fit(store: Store, dense: list[list[int]]) -> None:
-    planner = Planner(store, EngineOptions(), assumed_device(), assumed_curves(store))
-    with LLM(store.path, memory=planner.least_bytes(1, 28)) as llm:
-        assert texts(llm) == dense
-        assert llm.planned is not None and llm.planned.num_seqs == 1
+    with LLM(store.path, memory=least(store)) as llm, pytest.raises(InflashError, match=r"1 x 500 tokens need at least \d+ MiB"):
+        llm.generate([PROMPTS[0]], SamplingParams(max_tokens=496, temperature=0))
 
 
 def test_longer_requests_are_planned_for_when_they_come(store: Store, dense: list[list[int]]) -> None:
@@ -81,15 +78,3 @@ def test_longer_requests_are_planned_for_when_they_come(store: Store, dense: lis
         assert llm.engine is not before
         assert texts(llm) == dense
         assert llm.planned is not None and llm.planned.max_length == 204
-
-
-def test_slots_move_to_where_more_is_missed(store: Store, dense: list[list[int]]) -> None:
-    """The curves say that all layers are alike; a run that shows another picture changes the split, and nothing else."""
-    with LLM(store.path, memory=least(store, predictor="exact") + (300 << 10), predictor="exact") as llm:
-        assert texts(llm) == dense
-        cached = llm.engine.neurons.cached
-        assert cached is not None
-        before, cached.missed[1] = dict(cached.slots), cached.missed[1] + 40 * 256
-        assert texts(llm) == dense
-        assert cached.slots[1] > before[1] and sum(cached.slots.values()) <= sum(before.values())
-        assert texts(llm) == dense
