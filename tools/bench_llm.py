@@ -71,19 +71,34 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
       InflashError: there is nothing to measure, the model has fewer positions than a test needs, or the engine refuses.
     """
-    from ..pipeline.engine import Engine
-
     options = flags.engine_options(arguments)
     tests = _tests(arguments)
     store = open_store(arguments.model)
     _check_lengths(tests, store, options)
-    with Engine(store, options) as engine:
+    with _open_engine(store, options, max(test.num_tokens for test in tests)) as engine:
         samples = _Measurement(engine, arguments.repetitions).samples(tests)
         document = _document(store, engine, tests, samples)
     print(_heading(document))
     print(_as_table(document), end="\n\n")
     print(json.dumps(document))
     return 0
+
+
+def _open_engine(store: Store, options: "EngineOptions", longest: int) -> "Engine":
+    """With a memory budget, planned for the longest test."""
+    from ..pipeline.engine import Engine
+    from ..pipeline.planned_engine import PlannedEngine
+
+    if options.memory is None:
+        return Engine(store, options)
+    engine = PlannedEngine(store, options).open_for(options.max_num_seqs, longest)
+    if engine.plan.num_seqs < options.max_num_seqs:
+        engine.close()
+        raise InflashError(
+            f"--memory: there is room for {engine.plan.num_seqs} sequences of {longest} tokens, found -b {options.max_num_seqs}; "
+            "give more, or ask for fewer"
+        )
+    return engine
 
 
 def _tests(arguments: argparse.Namespace) -> list[SpeedTest]:
