@@ -20,7 +20,7 @@ from ..storage.store import Store
 from . import native_library
 from .neuron_cache import LeastFrequentlyUsed
 
-SIZES = (0.0, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.7, 0.9, 1.0)
+SIZES = (0.0, 0.05, 0.1, 0.2, 0.35, 0.6, 1.0)
 """Sizes of a cache that are tried, as shares of the neurons; one that is too small for a step is as large as the largest step."""
 BATCHES = (1, 2, 4, 8, 16, 32)
 _COUNTED = 2 / 3  # of the steps, those at the end: the first ones fill the cache

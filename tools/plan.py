@@ -60,7 +60,7 @@ def calibrate_store(store: Store, options: Any, text: Any) -> None:
     from .progress import progress_bar
 
     context = min(CONTEXT, store.config.max_positions)
-    token_ids, source = tokens_for(store, text, TOKENS // context, context)
+    token_ids, source = tokens_for(store, text, max(1, TOKENS // context), context)
     with progress_bar(total=calibration_steps(store), desc="calibrating", unit=" steps") as bar:
         curves = calibrate(store, options, token_ids, source, bar.update)
     print(f"calibrated on {token_ids.size} tokens of {source}: {save_curves(store, curves)}", file=sys.stderr)

@@ -21,11 +21,8 @@ TOLERANCE = 2e-4  # float32 against float64
 OPTIONS = EngineOptions(predictor="exact", loaders=1, queue_depth=4, max_num_seqs=2, max_model_len=64)
 MIXED: dict[str, Any] = {"ffn": (CACHED, STREAMED, RESIDENT, CACHED), "slots": (40, 0, 256, 130)}
 PLANS: dict[str, dict[str, Any]] = {
-    "cached, attention of some layers streamed": {"streamed_attention": (True, False, True, False)},
-    "the head streamed, all attention in memory": {"streamed_head": True},
-    "one layer of attention and the head streamed": {"streamed_attention": (False, False, False, True), "streamed_head": True},
-    "a way for each layer": MIXED,
-    "a way for each layer, attention streamed": {**MIXED, "streamed_attention": (True,) * 4, "block_bytes": 30 << 10},
+    "attention of some layers streamed": {"streamed_attention": (True, False, True, False)},
+    "a way for each layer, the head streamed": {**MIXED, "streamed_head": True, "block_bytes": 30 << 10},
     "some layers streamed": {"ffn": (STREAMED, CACHED, STREAMED, CACHED), "slots": (0, 64, 0, 200), "block_bytes": 50 << 10},
     "no prediction": {
         "ffn": (STREAMED, RESIDENT, RESIDENT, STREAMED), "slots": (0, 256, 256, 0), "predictor": None,
