@@ -60,12 +60,21 @@ class Engine:
         and the products' dtype, for passes over a model that go another way than `process_prompts` and `decode`.
     """
 
-    def __init__(self, store: Store, options: EngineOptions, *, plan: Plan | None = None, split_rows: Path | None = None) -> None:
+    def __init__(
+        self,
+        store: Store,
+        options: EngineOptions,
+        *,
+        plan: Plan | None = None,
+        times: StepTimes | None = None,
+        split_rows: Path | None = None,
+    ) -> None:
         """Loads the resident weights, makes the slab and starts the loaders.
 
         Args:
           store, options: which model, and how it runs.
           plan: what is in memory; None: as the options say.
+          times: to be counted on; None: from zero.
           split_rows: a copy of the neurons without bundles to decode from, see `storage.split_rows`; for comparisons.
 
         Raises:
@@ -75,7 +84,7 @@ class Engine:
         keep_one_arena()
         self.plan = plan or plan_from_options(store, options)
         self.store, self.config, self.options = store, store.config, options
-        self.times = StepTimes()
+        self.times = times or StepTimes()
         self.num_seqs = self.capacity = 0
         self._closed, self._broken, self._split_rows = False, False, split_rows
         self.compute = compute_dtype(options.compute_dtype, store.dtype)

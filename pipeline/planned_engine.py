@@ -87,10 +87,11 @@ class PlannedEngine:
             num_seqs, max_length = max(num_seqs, self.planned.num_seqs), max(max_length, self.planned.max_length)
             num_seqs = self.planner.fitting_seqs(self._memory_bytes, num_seqs, max_length)
             self.engine.close()
-            self.engine = None
+        times = None if self.engine is None else self.engine.times
+        self.engine = None
         self.planned = self.planner.plan(self._memory_bytes, num_seqs, max_length)
-        self.engine = Engine(self._store, self._options, plan=self.planned.plan)
-        self._seen, self._seen_steps = {}, 0
+        self.engine = Engine(self._store, self._options, plan=self.planned.plan, times=times)
+        self._seen, self._seen_steps = {}, self.engine.times.steps
         return self.engine
 
     def correct(self) -> None:
