@@ -65,7 +65,7 @@ class BlockStream:
         """The buffer may be filled again when `result` is computed."""
         self._free.append((buffer, result))
         # A result that is still being computed is left alone; waiting for the ones before it costs nothing.
-        self._fill(keep=0 if result.is_ready() else 1)
+        self._fill(keep=0 if result.is_ready() else 1)  # pyright: ignore[reportAttributeAccessIssue]
 
     def _restart(self, item: int) -> None:
         """Begins to read at `item`."""

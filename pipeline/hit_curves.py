@@ -75,13 +75,12 @@ class HitCurves:
 
     @classmethod
     def from_json(cls, document: dict[str, Any]) -> "HitCurves":
-        batches = {
-            int(batch): tuple(
-                LayerCurve(**{name: tuple(value) if isinstance(value, list) else value for name, value in curve.items()})
-                for curve in curves
-            )
-            for batch, curves in document["batches"].items()
-        }
+        batches: dict[int, tuple[LayerCurve, ...]] = {}
+        for batch, curves in document["batches"].items():
+            fields: list[dict[str, Any]] = [
+                {name: tuple(value) if isinstance(value, list) else value for name, value in curve.items()} for curve in curves
+            ]
+            batches[int(batch)] = tuple(LayerCurve(**each) for each in fields)
         return cls(**{**document, "batches": batches})
 
 

@@ -69,6 +69,11 @@ class Plan:
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
+    @classmethod
+    def from_json(cls, document: dict[str, Any]) -> "Plan":
+        fields: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in document.items()}
+        return cls(**fields)
+
 
 def guessed_layers(plan: Plan) -> list[int]:
     """The layers whose neurons the look-ahead predictor guesses: all that are cached and have one before them."""

@@ -48,8 +48,7 @@ class RowConfig:
 
 def measure(config: RowConfig) -> dict[str, Any]:
     """Medians over the steps."""
-    fields = {name: tuple(value) if isinstance(value, list) else value for name, value in config.plan.items()}
-    plan, token_ids = Plan(**fields), np.asarray(config.token_ids, np.int32)
+    plan, token_ids = Plan.from_json(config.plan), np.asarray(config.token_ids, np.int32)
     with Engine(open_store(Path(config.model)), EngineOptions(**config.options), plan=plan) as engine:
         engine.prepare(plan.num_seqs, plan.max_length)
         began = time.perf_counter()

@@ -47,7 +47,7 @@ def curves() -> HitCurves:
         named = rng.random((96, D_FF)) < often
         guessed = named & (rng.random(named.shape) < 0.95) | (rng.random(named.shape) < 0.002)
         layers.append((np.packbits(named, axis=1), np.packbits(guessed, axis=1)))
-    batches = {b: tuple(count_misses(*layer, D_FF, b) for layer in layers) for b in (1, 8)}
+    batches = {b: tuple(count_misses(named, guessed, D_FF, b) for named, guessed in layers) for b in (1, 8)}
     return HitCurves(source="made up", predictor="svd", prefetch="svd-ahead", batches=batches)
 
 
