@@ -223,22 +223,25 @@ class _Walk:
         self._count(neurons, neurons * self._bundle_bytes, neurons * device.read_cpu_s)
         return self._disk.ask(self.now, device.read_s(neurons, self._bundle_bytes, self._plan.queue_depth * self._plan.loaders))
 
-    def _place(self, neurons: float) -> None:
-        seconds = self._slowdown * self._device.placing.seconds(neurons)
+    def _place(self, neurons: float, missing: float) -> None:
+        """Fewer than one missing neuron a step is a request in so many steps."""
+        device = self._device
+        seconds = self._slowdown * (device.placing.seconds(neurons) + min(missing, 1.0) * device.ask_s)
         self.now += seconds
         self.memory += seconds
 
     def _guess(self, layer: int) -> None:
         if self._plan.prefetch and layer < self._num_layers and self._plan.ffn[layer] == CACHED:
             curve = self._curves[layer]
-            self._place(curve.guessed)
-            self._arriving[layer] = self._ask(curve.at("ahead", self._plan.slots[layer]))
+            missing = curve.at("ahead", self._plan.slots[layer])
+            self._place(curve.guessed, missing)
+            self._arriving[layer] = self._ask(missing)
 
     def _add_cached(self, layer: int) -> None:
         curve, slots = self._curves[layer], self._plan.slots[layer]
         guessed = self._arriving.pop(layer, None)
         missing = curve.at("misses" if guessed is None else "late", slots)
-        self._place(curve.named)
+        self._place(curve.named, missing)
         there = self._ask(missing)
         self._guess(layer + 1)
         late = missing

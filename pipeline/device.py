@@ -57,6 +57,7 @@ class Device:
       dram_bytes_per_s: by number of threads that read.
       kernels: for each of KERNELS its rate by number of sequences.
       placing: of the neuron cache: `fixed_s` a call, and "bytes" are neurons.
+      ask_s: of the engine's time for a request to loaders, and for giving out its slots.
       request_s: from asking a loader for one neuron until it is there, beyond the read itself.
       loader_share: of the disk's own rate of random reads that a loader reaches.
       read_cpu_s, stream_cpu_s: processor time of a loader for a random read, and for a byte that is streamed.
@@ -69,6 +70,7 @@ class Device:
     dram_bytes_per_s: Mapping[int, float]
     kernels: Mapping[str, Mapping[int, Rate]]
     placing: Rate
+    ask_s: float
     request_s: float
     loader_share: float
     read_cpu_s: float
@@ -164,6 +166,7 @@ def assumed_device() -> Device:
             for name, rate in rates.items()
         },
         placing=Rate(fixed_s=1.2e-4, bytes_per_s=1e7),
+        ask_s=2e-4,
         request_s=1e-4,
         loader_share=0.95,
         read_cpu_s=9e-6,

@@ -36,6 +36,7 @@ _BUNDLE_BYTES, _FILE_MIB = 8 << 10, 384
 _CURVE_S, _KERNEL_S = 0.4, 0.25
 _HITS = (64, 512, 2048)  # predicted neurons of a step
 _REPETITIONS = 24
+_SWEPT_BYTES = 48 << 20
 _FETCHED = 1024  # neurons that loaders are asked for at once
 
 
@@ -136,6 +137,7 @@ class _Layer:
         self.pool = LoaderPool(store, self.slab, regions, depth=options.queue_depth)
         self.neurons.bind(self.slab, self.pool)
         self.times, self._config, self.d_ff = StepTimes(), config, config.d_ff
+        self._other = np.ones(_SWEPT_BYTES // 8)
         if self.neurons.cached is not None:
             self.neurons.cached.observe(self.times)
 
@@ -151,6 +153,15 @@ class _Layer:
             mask[:, neuron_ids] = True
             predicted = on_device(mask)
         return Tile(residual=x, ffn_in=x, active=np.ones(num_seqs, bool), predicted=predicted)
+
+    def timed_step(self, num_seqs: int, neuron_ids: np.ndarray) -> tuple[float, float, int]:
+        """A step with these neurons predicted: its seconds, those of them for placing, and how many neurons were missing."""
+        tile = self.tile(num_seqs, neuron_ids)
+        self._other.sum()  # in a run, a layer's weights have gone through the processor's caches before
+        before, began = self.times.copy(), time.perf_counter()
+        self.neurons.add_step(0, tile).block_until_ready()
+        elapsed = time.perf_counter() - began
+        return elapsed, (self.times.memory_ns - before.memory_ns) / 1e9, self.times.misses - before.misses
 
     def fetch(self, neuron_ids: np.ndarray) -> float:
         """Seconds until loaders have read these neurons, asked for at once."""
@@ -223,21 +234,25 @@ def _fetching(store: Store, curve: Sequence[Any]) -> dict[str, Any]:
             layer.neurons.cached.warm_up(layer.tile(batch, hot[:1]))
             for turn in range(_REPETITIONS):
                 for count in _HITS:
-                    some = np.sort(rng.choice(hot, count, replace=False))
-                    tile = layer.tile(batch, some)
-                    before, began = layer.times.copy(), time.perf_counter()
-                    layer.neurons.add_step(0, tile).block_until_ready()
-                    elapsed, memory = time.perf_counter() - began, (layer.times.memory_ns - before.memory_ns) / 1e9
-                    if turn and layer.times.misses == before.misses:
+                    elapsed, memory, missing = layer.timed_step(batch, np.sort(rng.choice(hot, count, replace=False)))
+                    if turn and not missing:
                         seconds[count].append(elapsed - memory)
                         placing[count].append(memory)
             medians = [statistics.median(seconds[count]) for count in _HITS]
             gathers[batch] = _line([count * size for count in _HITS], medians)
         place = _line(_HITS, [statistics.median(placing[count]) for count in _HITS])
         shares, single, processor = _missing(layer, curve, rng, hot)
+        others = np.setdiff1d(np.arange(d_ff, dtype=np.int32), hot)
+        asking = [
+            memory - place.seconds(_HITS[0])
+            for memory in (
+                layer.timed_step(1, np.sort(rng.choice(others, _HITS[0], replace=False)))[1] for _ in range(_REPETITIONS)
+            )
+        ]
     return {
         "gather": gathers,
         "placing": Rate(fixed_s=place.fixed_s, bytes_per_s=place.bytes_per_s),
+        "ask_s": max(statistics.median(asking), 1e-5),
         "request_s": single,
         "loader_share": shares,
         "read_cpu_s": processor,
@@ -314,4 +329,4 @@ def _report(device: Any, file: Path) -> None:
     print(table(["kernel", "batch", "us a call", "GB/s"], lines), end="\n\n")
     memory = ", ".join(f"{rate / 1e9:.1f} GB/s with {threads} threads" for threads, rate in device.dram_bytes_per_s.items())
     print(f"Memory reads {memory}. Placing neurons takes {1e6 * device.placing.fixed_s:.0f} us and")
-    print(f"{1e9 / device.placing.bytes_per_s:.0f} ns for each.\n\nkept in {file}")
+    print(f"{1e9 / device.placing.bytes_per_s:.0f} ns for each, asking loaders {1e6 * device.ask_s:.0f} us.\n\nkept in {file}")
