@@ -17,6 +17,7 @@ from typing import Any
 
 from .. import __version__
 from ..errors import InflashError
+from ..storage.read_rate import worthwhile_gap
 from . import native_library
 
 KERNELS = ("attention", "head", "predictor", "two predictors", "gather", "block")
@@ -116,16 +117,8 @@ class Device:
         return next(depth for depth in depths if self.rate_at(size, depth) >= 0.97 * best)
 
     def worthwhile_gap(self) -> int:
-        """Bytes that cost no more to read along than another read costs; 0 where small reads lose nothing.
-
-        A read takes `start + size / bandwidth` when many are under way; the gap's own time has to stay below `start`.
-        """
-        sizes = sorted({point.size for point in self.read_curve})
-        seconds = [size / max(point.bytes_per_s for point in self.read_curve if point.size == size) for size in sizes]
-        if len(sizes) < 2:
-            return 0
-        bandwidth = (sizes[-1] - sizes[0]) / max(seconds[-1] - seconds[0], 1e-12)
-        return max(0, int((seconds[0] - sizes[0] / bandwidth) * bandwidth))
+        """Bytes that cost no more to read along than another read costs."""
+        return worthwhile_gap((point.size, point.bytes_per_s) for point in self.read_curve)
 
     def to_json(self) -> dict[str, Any]:
         return {"machine": dict(self.machine)} | {key: value for key, value in asdict(self).items() if key != "machine"}

@@ -3,6 +3,7 @@
 import mmap
 import os
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +50,25 @@ def read_rate(file: Path, file_bytes: int, size: int, depth: int, seconds: float
     finally:
         queue.close()
         os.close(descriptor)
+
+
+def worthwhile_gap(points: Iterable[tuple[int, float]]) -> int:
+    """Bytes that cost no more to read along than another read costs; 0 where small reads lose nothing.
+
+    A read takes `start + size / bandwidth` when many are under way; the gap's own time has to stay below `start`.
+
+    Args:
+      points: sizes of reads and bytes a second; of one size the fastest counts.
+    """
+    best: dict[int, float] = {}
+    for size, rate in points:
+        best[size] = max(rate, best.get(size, 0.0))
+    sizes = sorted(best)
+    if len(sizes) < 2:
+        return 0
+    seconds = [size / best[size] for size in sizes]
+    bandwidth = (sizes[-1] - sizes[0]) / max(seconds[-1] - seconds[0], 1e-12)
+    return max(0, int((seconds[0] - sizes[0] / bandwidth) * bandwidth))
 
 
 def _open_direct(file: Path) -> int:

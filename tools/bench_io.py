@@ -25,7 +25,7 @@ import numpy as np
 from ..errors import InflashError
 from ..storage.layout import bundles_path
 from ..storage.model_config import ModelConfig
-from ..storage.read_rate import read_rate
+from ..storage.read_rate import read_rate, worthwhile_gap
 from ..storage.shard_index import open_raw_array
 from ..storage.store import Store, StoreWriter, open_store
 from .progress import progress_bar
@@ -101,19 +101,6 @@ def _loader_rates(store: Store, file: Path, arguments: argparse.Namespace, progr
     return {name: statistics.median(values) if values else None for name, values in samples.items()}
 
 
-def worthwhile_gap(points: list[Point]) -> int:
-    """Bytes that cost no more to read along than another read costs, from the fastest rates by size; 0 where small reads lose nothing.
-
-    A read takes `start + size / bandwidth` when many are under way; the gap's own time has to stay below `start`.
-    """
-    sizes = sorted({point.size for point in points})
-    seconds = [size / max(point.bytes_per_s for point in points if point.size == size) for size in sizes]
-    if len(sizes) < 2:
-        return 0
-    bandwidth = (sizes[-1] - sizes[0]) / max(seconds[-1] - seconds[0], 1e-12)
-    return max(0, int((seconds[0] - sizes[0] / bandwidth) * bandwidth))
-
-
 def _report(store: Store, arguments: argparse.Namespace, points: list[Point], rates: dict[str, float | None]) -> None:
     bundle = store.bundles.bundle_bytes
     fio = {(point.size, point.depth): point.fio_bytes_per_s for point in points}
@@ -137,7 +124,7 @@ def _report(store: Store, arguments: argparse.Namespace, points: list[Point], ra
     ]
     print(f"Bundles of {bundle} bytes, {arguments.loaders} loaders with {arguments.queue_depth} reads each under way:\n")
     print(table(["method", "MB/s", "reads/s", "of the best reference"], lines), end="\n\n")
-    gap = worthwhile_gap(points)
+    gap = worthwhile_gap((point.size, point.bytes_per_s) for point in points)
     print(f"Reading across a gap pays up to about {gap >> 10} KiB here (--merge-gap).")
     loaders = rates["loaders"] or 0.0
     document: dict[str, Any] = {

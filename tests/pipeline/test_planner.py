@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from inflash.errors import InflashError
 from inflash.pipeline.cost import CostModel
-from inflash.pipeline.device import Device, ReadPoint, assumed_device
+from inflash.pipeline.device import Device, assumed_device
 from inflash.pipeline.hit_curves import HitCurves, assumed_curves, count_misses
 from inflash.pipeline.memory_parts import total_bytes
 from inflash.pipeline.options import EngineOptions
@@ -129,17 +129,6 @@ def test_few_reads_are_bound_by_latency_many_by_rate() -> None:
     assert device.read_s(10_000, 4096, 128) == pytest.approx(10_000 * 4096 / 250e6)
     assert device.read_s(0, 4096, 128) == 0
     assert device.best_depth(4096) == 128
-
-
-def test_a_gap_pays_while_it_takes_less_time_than_a_read_takes_to_start() -> None:
-    points = [
-        ReadPoint(size=size, depth=depth, bytes_per_s=size / (size + 8192) * 2e9 / (3 if depth == 1 else 1))
-        for size in (4096, 65536, 1 << 20)
-        for depth in (1, 64)
-    ]
-    device = replace(assumed_device(), read_curve=tuple(points))
-    assert device.worthwhile_gap() == pytest.approx(8192, abs=2)
-    assert replace(device, read_curve=tuple(points[:2])).worthwhile_gap() == 0
 
 
 def test_figures_survive_a_file() -> None:
