@@ -77,10 +77,6 @@ class Device:
     read_cpu_s: float
     stream_cpu_s: float
 
-    @property
-    def is_measured(self) -> bool:
-        return bool(self.machine)
-
     def kernel_s(self, name: str, num_seqs: int, num_bytes: float) -> float:
         """Seconds of a call for so many sequences: between those that were measured, and beyond, along a line."""
         rates = self.kernels[name]

@@ -13,6 +13,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 from ..errors import InflashError
@@ -30,6 +31,10 @@ _PARTS = ("io_wait_ms", "memory_ms", "compute_ms", "total_ms")
 def run(arguments: argparse.Namespace) -> int:
     from ..pipeline.planned_engine import open_planner
 
+    if arguments.plot:
+        from .plot_file import check_plot
+
+        check_plot(arguments.plot)
     store, options = open_store(arguments.model), flags.engine_options(arguments)
     planner, notes = open_planner(store, options, arguments.device)
     for note in notes:
@@ -40,7 +45,7 @@ def run(arguments: argparse.Namespace) -> int:
         for batch, share in runs:
             results.append(_run(store, options, planner, batch, share, arguments))
             bar.update()
-    _report(store, results)
+    _report(store, results, arguments.plot)
     return 0
 
 
@@ -130,7 +135,7 @@ def _measured(store: Store, options: Any, plan: Any, memory: int, arguments: arg
     return {"measured": document["result"], "peak_bytes": peak, "limited": group is not None}
 
 
-def _report(store: Store, results: list[dict[str, Any]]) -> None:
+def _report(store: Store, results: list[dict[str, Any]], plot: Path | None) -> None:
     rows, notes = [], []
     for row in results:
         name = [row["batch"], f"{row['budget']}%", f"{row['memory_bytes'] / 2**20:.0f}"]
@@ -176,4 +181,9 @@ def _report(store: Store, results: list[dict[str, Any]]) -> None:
     summary = {"median_error": statistics.median(errors), "worst_error": max(errors)} if errors else {}
     if errors:
         print(f"\nerror: median {summary['median_error']:.0%}, worst {summary['worst_error']:.0%}")
+    if plot and rows:
+        from .plan_plot import save_comparison
+
+        save_comparison(results, store, plot)
+        print(f"plot: {plot}")
     print(json.dumps({"model": str(store.path), "model_bytes": store.num_bytes, "rows": results, **summary}))

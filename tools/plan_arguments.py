@@ -58,5 +58,6 @@ def add_bench_plan(parser: argparse.ArgumentParser) -> None:
         "--text", type=Path, metavar="FILE", help="what is decoded (default: the store's sample.txt, or random tokens)"
     )
     parser.add_argument("--device", type=Path, metavar="FILE", help="figures of inflash probe -o (default: those that are kept)")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw predicted and measured steps; needs inflash[plot]")
     parser.add_argument("--grid", action="store_true", help="also measure other plans for each budget")
     add_engine_flags(parser)
