@@ -1,7 +1,8 @@
 """`inflash bench plan`: plans for several budgets, run under a memory cgroup of that size, beside what they were predicted to take.
 
 Every run is a process of its own that only follows the plan. Its cgroup may hold the budget and 64 MiB, page cache and shared memory
-counted; a run that needs more is ended by the kernel and reported.
+counted; a run that needs more is ended by the kernel and reported. The plan goes by what was probed; what it is predicted to take, by how
+fast the disk is just before the run.
 """
 
 import argparse
@@ -17,6 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InflashError
+from ..storage.layout import bundles_path
+from ..storage.read_rate import read_rate
+from ..storage.shard_index import open_raw_array
 from ..storage.store import Store, open_store
 from . import arguments as flags
 from .memory_group import NoCgroup, memory_group
@@ -25,6 +29,7 @@ from .table import table
 
 ALLOWANCE_BYTES = 64 << 20
 _KILLED = (-9, 137)
+_DISK_S, _STREAM_DEPTH = 0.8, 16
 _PARTS = ("io_wait_ms", "memory_ms", "compute_ms", "total_ms")
 
 
@@ -51,6 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _run(store: Store, options: Any, planner: Any, batch: int, share: int, arguments: argparse.Namespace) -> dict[str, Any]:
     """One budget's plan, predicted and measured, and with --grid its neighbours."""
+    from ..pipeline.cost import CostModel
     from ..pipeline.host_memory import ENGINE_BYTES, LOADER_BYTES
 
     length = min(arguments.length[arguments.batch.index(batch) % len(arguments.length)], store.config.max_positions)
@@ -62,22 +68,35 @@ def _run(store: Store, options: Any, planner: Any, batch: int, share: int, argum
         planned = planner.plan(memory, batch, length, positions=(arguments.prompt_tokens + length) // 2)
     except InflashError as error:
         return row | {"refused": str(error), "least_bytes": planner.least_bytes(batch, length)}
+    disk = _disk_now(store, planner.device, planned.plan)
+    now = CostModel(store, options, planner.device.with_disk(**disk), planner.curves)
+    predicted = now.predict(planned.plan, batch, planned.positions)
     row |= {
+        "disk": disk,
         "least_bytes": planned.least_bytes,
         "used_bytes": planned.used_bytes,
-        "predicted": planned.predicted.to_json(),
-        "predicted_read_bytes": planned.predicted.read_bytes,
+        "predicted": predicted.to_json(),
+        "predicted_read_bytes": predicted.read_bytes,
         "plan": planned.plan.to_json(),
     }
     row |= _measured(store, options, planned.plan, memory, arguments)
     if "measured" in row:
-        row["error"] = planned.predicted.total_ms / row["measured"]["total_ms"] - 1
+        row["error"] = predicted.total_ms / row["measured"]["total_ms"] - 1
     if arguments.grid:
         row["grid"] = [
             {"name": name, **_measured(store, replace(options, **changes), plan, memory, arguments)}
             for name, changes, plan in neighbours(planner, planned)
         ]
     return row
+
+
+def _disk_now(store: Store, device: Any, plan: Any) -> dict[str, float]:
+    """How fast the disk is now, beside what was probed: shared disks differ by more within minutes than plans do."""
+    file, num_bytes = open_raw_array(store.path / bundles_path(0)).file, store.bundles.layer_bytes
+    size, depth, block = store.bundles.bundle_bytes, plan.queue_depth, min(1 << 20, num_bytes)
+    random = read_rate(file, num_bytes, size, depth, _DISK_S)
+    in_order = read_rate(file, num_bytes, block, _STREAM_DEPTH, _DISK_S, in_order=True)
+    return {"random": random / device.rate_at(size, depth), "stream": in_order / device.rate_at(block, _STREAM_DEPTH)}
 
 
 def neighbours(planner: Any, planned: Any) -> Iterator[tuple[str, dict[str, Any], Any]]:
