@@ -29,7 +29,7 @@ from .table import table
 
 ALLOWANCE_BYTES = 64 << 20
 _KILLED = (-9, 137)
-_DISK_S, _STREAM_DEPTH = 0.8, 16
+_DISK_S, _STREAM_DEPTH, _SMALLEST_READ = 0.8, 16, 4096
 _PARTS = ("io_wait_ms", "memory_ms", "compute_ms", "total_ms")
 
 
@@ -93,7 +93,7 @@ def _run(store: Store, options: Any, planner: Any, batch: int, share: int, argum
 def _disk_now(store: Store, device: Any, plan: Any) -> dict[str, float]:
     """How fast the disk is now, beside what was probed: shared disks differ by more within minutes than plans do."""
     file, num_bytes = open_raw_array(store.path / bundles_path(0)).file, store.bundles.layer_bytes
-    size, depth, block = store.bundles.bundle_bytes, plan.queue_depth, min(1 << 20, num_bytes)
+    size, depth, block = max(store.bundles.bundle_bytes, _SMALLEST_READ), plan.queue_depth, min(1 << 20, num_bytes)
     random = read_rate(file, num_bytes, size, depth, _DISK_S)
     in_order = read_rate(file, num_bytes, block, _STREAM_DEPTH, _DISK_S, in_order=True)
     return {"random": random / device.rate_at(size, depth), "stream": in_order / device.rate_at(block, _STREAM_DEPTH)}
