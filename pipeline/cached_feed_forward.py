@@ -17,7 +17,7 @@ from ..storage.store import Store
 from .feed_forward import Tile
 from .fixed_shapes import SMALLEST_GATHER, doublings, fitting
 from .loader_pool import LoaderPool, Ticket
-from .neuron_cache import Placement, make_cache
+from .neuron_cache import LeastFrequentlyUsed, Placement, make_cache
 from .neuron_rows import NeuronRows
 from .options import EngineOptions
 from .slab import Slab, SlabPlan
@@ -57,27 +57,48 @@ class _Prefetch:
 
 
 class CachedFeedForward:
-    """Predicted neurons, those in the cache computed while the others are being read. See `FeedForward`."""
+    """Predicted neurons, those in the cache computed while the others are being read. See `FeedForward`.
+
+    Attributes:
+      slots: neurons that memory has room for, by layer.
+      missed: neurons that were read because of guesses and predictions, by layer.
+    """
 
     def __init__(
-        self, store: Store, plan: SlabPlan, up_bias: Sequence[np.ndarray], compute: np.dtype, options: EngineOptions
+        self,
+        store: Store,
+        slab: SlabPlan,
+        up_bias: Sequence[np.ndarray],
+        compute: np.dtype,
+        options: EngineOptions,
+        slots: dict[int, int],
     ) -> None:
-        config = store.config
-        self._compute, self._times, self._d_ff, self._overlap = compute, StepTimes(), config.d_ff, options.overlap
-        self._num_slots = options.cache_slots(config.d_ff)
-        self._gather_sizes = doublings(SMALLEST_GATHER, self._num_slots)
-        self._layers = [NeuronRows(plan, store.bundles, self._num_slots) for _ in range(config.num_layers)]
-        self._caches = [
-            make_cache(config.d_ff, self._num_slots, options.policy, options.window) for _ in range(config.num_layers)
-        ]
-        self._prefetches: list[_Prefetch | None] = [None] * config.num_layers
-        self._on_the_way = np.zeros(self._num_slots, bool)  # scratch, all False between calls
-        self._bias = [on_device(bias) for bias in up_bias]
+        """`slots`: the neurons that memory has room for, by layer. Regions have addresses for all neurons, so that this can change."""
+        d_ff = store.config.d_ff
+        self._compute, self._times, self._d_ff, self._overlap = compute, StepTimes(), d_ff, options.overlap
+        self.slots = dict(slots)
+        self.missed = dict.fromkeys(slots, 0)
+        self._gather_sizes = doublings(SMALLEST_GATHER, max(slots.values()))
+        self._layers = {layer: NeuronRows(slab, store.bundles, d_ff, count) for layer, count in slots.items()}
+        self._caches = {layer: make_cache(d_ff, count, options.policy, options.window) for layer, count in slots.items()}
+        self._prefetches: dict[int, _Prefetch] = {}
+        self._on_the_way = np.zeros(d_ff, bool)  # scratch, all False between calls
+        self._bias = {layer: on_device(up_bias[layer]) for layer in slots}
 
     def bind(self, slab: Slab, pool: LoaderPool) -> None:
-        self._pool = pool
-        for rows in self._layers:
+        self._pool, self._slab = pool, slab
+        for rows in self._layers.values():
             rows.bind(slab)
+
+    def resize(self, slots: dict[int, int]) -> None:
+        """Other numbers of slots, between steps and with policy "lfu": layers that lose some give their memory back first."""
+        for layer, count in sorted(slots.items(), key=lambda item: item[1] - self.slots[item[0]]):
+            cache = self._caches[layer]
+            assert isinstance(cache, LeastFrequentlyUsed)
+            cache.resize(count)
+            if count < self.slots[layer]:
+                self._layers[layer].discard(self._slab, count)
+            self.slots[layer] = count
 
     def observe(self, times: StepTimes) -> None:
         """Counts hits, misses and memory management into `times` from now on."""
@@ -87,15 +108,16 @@ class CachedFeedForward:
         (tile,) = tiles  # decoding steps are one tile
         assert tile.predicted is not None
         neuron_ids = _named(tile.predicted, tile.active)
-        if self._prefetches[layer] is None:
+        if layer not in self._prefetches:
             self._caches[layer].begin_token()
+        most = min(self.slots[layer], self._gather_sizes[-1])
         self._times.neurons += self._d_ff
         total = tile.residual
         # Nearly always one turn; a token that needs more neurons than there are slots takes several.
-        for start in range(0, max(len(neuron_ids), 1), self._num_slots):
+        for start in range(0, max(len(neuron_ids), 1), most):
             if start:
                 total.block_until_ready()  # the slots are about to be overwritten
-            some = neuron_ids[start : start + self._num_slots]
+            some = neuron_ids[start : start + most]
             total = self._add_turn(layer, some, total, tile, guessing=start == 0)
         return [total]
 
@@ -114,8 +136,9 @@ class CachedFeedForward:
             ticket = self._ask(layer, placement)
             ready, late = self._split(placement, prefetch)
             self._times.count(hits=len(placement.hit_ids), misses=len(placement.miss_ids))
-        if guessing and tile.guessed is not None:
-            self._prefetch(layer + 1, _named(tile.guessed, tile.active))
+            self.missed[layer] += len(placement.miss_ids)
+        if guessing:
+            self.prefetch(layer + 1, tile)
         if self._overlap:
             total = self._gather(layer, *ready, total, tile)
         self._pool.wait(ticket if prefetch is None else (*prefetch.ticket, *ticket))
@@ -131,18 +154,21 @@ class CachedFeedForward:
         yield
         self._times.memory_ns += time.perf_counter_ns() - began - (self._pool.wait_ns - waited)
 
-    def _prefetch(self, layer: int, neuron_ids: np.ndarray) -> None:
-        """Asks for neurons that a layer yet to come will likely need; of too many, half a cache's: the others have to fit, too."""
-        neuron_ids = neuron_ids[: self._num_slots // 2]
+    def prefetch(self, layer: int, before: Tile) -> None:
+        """Asks for the neurons that the tile of the layer before guesses; of too many, half a cache's: the others have to fit, too."""
+        if before.guessed is None:
+            return
+        neuron_ids = _named(before.guessed, before.active)[: self.slots[layer] // 2]
         with self._managing_memory():
             self._caches[layer].begin_token()
             placement = self._caches[layer].place(neuron_ids)
             self._times.prefetched += len(placement.miss_ids)
+            self.missed[layer] += len(placement.miss_ids)
             self._prefetches[layer] = _Prefetch(self._ask(layer, placement, ahead=True), placement.miss_ids, placement.miss_slots)
 
     def _take_prefetch(self, layer: int, placement: Placement) -> _Prefetch | None:
         """What was asked for early and has not arrived; afterwards nothing is on its way to the slots of the misses."""
-        prefetch, self._prefetches[layer] = self._prefetches[layer], None
+        prefetch = self._prefetches.pop(layer, None)
         if prefetch is None or self._pool.finished(prefetch.ticket):
             return None
         if np.isin(placement.miss_slots, prefetch.slots).any():  # a wrong guess has lost its slot to a miss already
@@ -184,7 +210,7 @@ class CachedFeedForward:
         assert tile.predicted is not None
         for size in self._gather_sizes:
             some = np.zeros(size, np.int32)
-            self._gather(0, some, some, tile.residual, tile)
+            self._gather(next(iter(self._layers)), some, some, tile.residual, tile)
 
 
 def _places(slots: np.ndarray, neuron_ids: np.ndarray, size: int) -> np.ndarray:

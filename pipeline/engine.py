@@ -21,27 +21,21 @@ from ..kernels.decoder_layer import LayerShape, after_ffn, attention_chunk, atte
 from ..storage.readers import DirectReader
 from ..storage.store import Store
 from . import native_library
-from .cached_feed_forward import CachedFeedForward
-from .feed_forward import (
-    FeedForward,
-    ResidentFeedForward,
-    StreamedFeedForward,
-    Tile,
-)
+from .feed_forward import Tile
 from .fixed_shapes import CHUNK_SIZES, SMALLEST_CAPACITY, Chunk, capacity_for, doublings, fitting, split_prompt
-from .host_memory import check_fits
+from .host_memory import check_fits, keep_one_arena, trim
+from .layered_feed_forward import LayeredFeedForward
 from .loader_pool import LoaderPool
 from .matrix_source import MatrixSource, ResidentMatrices, StreamedMatrices
-from .memory_parts import kv_cache_bytes, memory_parts, skipped_names
+from .memory_parts import kv_cache_bytes, memory_parts
 from .neuron_rows import NeuronRows
 from .options import EngineOptions
+from .plan import CACHED, Plan, guessed_layers, plan_from_options
 from .predictors import (
     AllNeurons,
     ExactPredictor,
     Predictor,
     StoredPredictor,
-    choose_predictor,
-    choose_prefetch,
     predict_and_guess,
 )
 from .slab import Slab, SlabPlan
@@ -58,27 +52,39 @@ class Engine:
     """A model over its store: resident weights, loaders, cache, and KV cache. A context manager.
 
     Attributes:
-      config, store, options: what it was made from.
+      config, store, options, plan: what it was made from.
       times: what the run has cost so far.
       num_seqs: B, set by `prepare`.
       capacity: C, set by `prepare`.
-      weights, matrices, prompt_ffn, shape, compute: what is resident, where matrices and neurons come from, the layers' static shape
+      weights, matrices, neurons, shape, compute: what is resident, where matrices and neurons come from, the layers' static shape
         and the products' dtype, for passes over a model that go another way than `process_prompts` and `decode`.
     """
 
-    def __init__(self, store: Store, options: EngineOptions, *, split_rows: Path | None = None) -> None:
+    def __init__(
+        self,
+        store: Store,
+        options: EngineOptions,
+        *,
+        plan: Plan | None = None,
+        times: StepTimes | None = None,
+        split_rows: Path | None = None,
+    ) -> None:
         """Loads the resident weights, makes the slab and starts the loaders.
 
         Args:
           store, options: which model, and how it runs.
+          plan: what is in memory; None: as the options say.
+          times: to be counted on; None: from zero.
           split_rows: a copy of the neurons without bundles to decode from, see `storage.split_rows`; for comparisons.
 
         Raises:
           InflashError: the options do not fit the store, or memory is too small for them; nothing was started then.
         """
         native_library.choose()  # before anything is traced
+        keep_one_arena()
+        self.plan = plan or plan_from_options(store, options)
         self.store, self.config, self.options = store, store.config, options
-        self.times = StepTimes()
+        self.times = times or StepTimes()
         self.num_seqs = self.capacity = 0
         self._closed, self._broken, self._split_rows = False, False, split_rows
         self.compute = compute_dtype(options.compute_dtype, store.dtype)
@@ -88,21 +94,19 @@ class Engine:
             norm_epsilon=store.config.norm_epsilon,
             compute_dtype=self.compute.name,
         )
-        self.predictor_name = choose_predictor(store, options.predictor) if options.ffn == "sparse" else None
-        self.prefetch_name = choose_prefetch(store, options.prefetch, self.predictor_name)
-        self._memory_parts = memory_parts(store, options)
+        self._memory_parts = memory_parts(store, options, self.plan)
         check_fits(self._memory_parts, "use --ffn hybrid, a smaller --cache-neurons, or a machine with more memory")
-        self.weights = load_weights(store, self.compute, skipped_names(options), verify=options.verify)
+        self.weights = load_weights(store, self.compute, self.plan.streamed_names, verify=options.verify)
         self._open()
 
     def _open(self) -> None:
-        options, plan = self.options, SlabPlan()
-        regions = LoaderPool.reserve(plan, options.loaders, self.config.d_ff)
-        naive = StreamedMatrices(self.store, plan, self.weights, self.shape) if options.ffn == "naive" else None
-        self.matrices: MatrixSource = naive or ResidentMatrices(self.store, self.weights, self.shape)
-        self.prompt_ffn, self._decode_ffn = self._make_feed_forward(plan)
-        probe = NeuronRows(plan, self.store.bundles, 1)
-        self._slab = Slab(plan.num_bytes)
+        options, plan, layout = self.options, self.plan, SlabPlan()
+        regions = LoaderPool.reserve(layout, plan.loaders, self.config.d_ff)
+        streamed = StreamedMatrices(self.store, layout, self.weights, self.shape, plan) if plan.streams_matrices else None
+        self.matrices: MatrixSource = streamed or ResidentMatrices(self.store, self.weights, self.shape)
+        self.neurons = LayeredFeedForward(self.store, layout, self.weights.up_bias, self.compute, options, plan)
+        probe = NeuronRows(layout, self.store.bundles, 1)
+        self._slab = Slab(layout.num_bytes, large=layout.large)
         try:
             with DirectReader(self.store.path, 0) as reader:
                 direct = probe.probe(self._slab, reader)  # warns here, once, rather than in every loader
@@ -110,10 +114,10 @@ class Engine:
                 self.store,
                 self._slab,
                 regions,
-                depth=options.queue_depth,
+                depth=plan.queue_depth,
                 direct=direct,
-                merge_gap=options.merge_gap,
-                files=naive.files if naive else (),
+                merge_gap=plan.merge_gap,
+                files=streamed.files if streamed else (),
                 verify=options.verify,
                 split_rows=self._split_rows,
             )
@@ -121,40 +125,29 @@ class Engine:
             self._slab.close()
             raise
         try:
-            for part in {id(part): part for part in (naive, self.prompt_ffn, self._decode_ffn) if part}.values():
-                part.bind(self._slab, self._pool)
+            if streamed:
+                streamed.bind(self._slab, self._pool)
+            self.neurons.bind(self._slab, self._pool)
             self._predictor = self._make_predictor()
-            self._ahead = self._load_predictor(self.prefetch_name) if self.prefetch_name else None
+            self._ahead = self._load_predictor(plan.prefetch, guessed_layers(plan)) if plan.prefetch else None
         except BaseException:
             self.close()
             raise
 
-    def _make_feed_forward(self, plan: SlabPlan) -> tuple[FeedForward, FeedForward]:
-        """For prompts and for decoding steps."""
-        mode, up_bias = self.options.ffn, self.weights.up_bias
-        if mode == "resident":
-            resident = ResidentFeedForward(self.store, plan, up_bias, self.compute)
-            return resident, resident
-        streamed = StreamedFeedForward(self.store, plan, up_bias, self.compute, cyclic=mode != "sparse")
-        if mode == "sparse":
-            return streamed, CachedFeedForward(self.store, plan, up_bias, self.compute, self.options)
-        return streamed, streamed
-
     def _make_predictor(self) -> Predictor | None:
-        if self.predictor_name is None:
+        if self.neurons.cached is None:
             return None
-        assert isinstance(self.prompt_ffn, StreamedFeedForward) and isinstance(self._decode_ffn, CachedFeedForward)
-        if self.predictor_name == "none":
-            predictor: Predictor = AllNeurons(self.config.d_ff)
-        elif self.predictor_name == "exact":
-            predictor = ExactPredictor(self.weights, self.prompt_ffn.up_rows)
-        else:
-            predictor = self._load_predictor(self.predictor_name)
-        self._decode_ffn.observe(self.times)
-        return predictor
+        self.neurons.cached.observe(self.times)
+        if self.plan.predictor == "none":
+            return AllNeurons(self.config.d_ff)
+        if self.plan.predictor == "exact":
+            assert self.neurons.streamed is not None
+            return ExactPredictor(self.weights, self.neurons.streamed.up_rows, self.plan.layers(CACHED))
+        assert self.plan.predictor is not None
+        return self._load_predictor(self.plan.predictor, self.plan.layers(CACHED))
 
-    def _load_predictor(self, name: str) -> StoredPredictor:
-        return StoredPredictor(self.store, name, verify=self.options.verify)
+    def _load_predictor(self, name: str, layers: Sequence[int]) -> StoredPredictor:
+        return StoredPredictor(self.store, name, layers, verify=self.options.verify)
 
     def prepare(self, num_seqs: int, max_length: int) -> None:
         """Makes room for `num_seqs` sequences of up to `max_length` tokens and compiles everything they need.
@@ -177,6 +170,7 @@ class Engine:
         self._values = [zeros(shape) for _ in range(self.config.num_layers)]
         self.num_seqs, self.capacity = num_seqs, capacity
         self._warm_up()
+        trim()  # compiling leaves much behind
 
     def process_prompts(self, prompts: Sequence[tuple[int, np.ndarray]]) -> jax.Array:
         """Runs prompts (sequence, token ids) into the KV cache, layer by layer, every streamed block used for all of them.
@@ -224,7 +218,7 @@ class Engine:
                 )
                 self.matrices.give_back_attention(layer, residual)
                 tile = self._predicting(layer, Tile(residual=residual, ffn_in=ffn_in, active=active), before, guess=True)
-                (x,) = self._decode_ffn.add_neurons(layer, [tile])  # B to F
+                x = self.neurons.add_step(layer, tile)  # B to F
                 x, before = self.after_ffn(layer, x), tile
             (logits,) = self.matrices.logits([x])  # H
             return logits.block_until_ready()
@@ -268,7 +262,7 @@ class Engine:
             if predict:
                 tiles = [self._predicting(layer, tile, last) for tile, last in zip(tiles, before, strict=True)]
                 before = tiles
-            outputs = [self.after_ffn(layer, x) for x in self.prompt_ffn.add_neurons(layer, tiles)]
+            outputs = [self.after_ffn(layer, x) for x in self.neurons.add_prompt(layer, tiles)]
         return outputs
 
     def _attend(self, layer: int, weights: dict[str, jax.Array], chunk: Chunk, x: jax.Array) -> Tile:
@@ -285,18 +279,19 @@ class Engine:
         return Tile(residual=residual, ffn_in=ffn_in, active=np.arange(len(x)) < chunk.count)
 
     def _predicting(self, layer: int, tile: Tile, before: Tile | None, *, guess: bool = False) -> Tile:
-        """The tile with its predicted neurons, where there is a predictor.
+        """The tile with its predicted neurons, where the layer is cached.
 
         Args:
           layer, tile: whose neurons.
           before: the same tokens' tile of the layer before.
           guess: also what the next layer will likely need (G), where that is read early.
         """
-        if self._predictor is None:
-            return tile
+        ahead = self._ahead if guess and self.neurons.is_cached(layer + 1) else None
+        if self._predictor is None or not self.neurons.is_cached(layer):
+            return tile if ahead is None else replace(tile, guessed=ahead.predict(layer + 1, tile.ffn_in))
         read = before.ffn_in if self._predictor.ahead and before is not None else tile.ffn_in
-        if guess and self._ahead is not None and layer + 1 < self.config.num_layers:
-            predicted, guessed = predict_and_guess(self._predictor, self._ahead, layer, read, tile.ffn_in)
+        if ahead is not None:
+            predicted, guessed = predict_and_guess(self._predictor, ahead, layer, read, tile.ffn_in)
             return replace(tile, predicted=predicted, guessed=guessed)
         return replace(tile, predicted=self._predictor.predict(layer, read))
 
@@ -306,24 +301,28 @@ class Engine:
 
     def _warm_up(self) -> None:
         """Compiles every kernel for this batch and capacity by running it once, on layer 0 and on nothing."""
-        weights = self.matrices.example_attention()
+        examples = self.matrices.examples()
         nothing = np.zeros(self.num_seqs, np.int32)
         x = zeros((self.num_seqs, self.config.d_model))
         for bound in doublings(SMALLEST_CAPACITY, self.capacity):
-            # The last position below the bound: no token that is there yet can see it.
-            _, _, self._keys[0], self._values[0] = _attention_decode(
-                x, weights, self._keys[0], self._values[0], nothing + bound - 1, self.shape, num_positions=bound
-            )
+            for weights in examples:
+                # The last position below the bound: no token that is there yet can see it.
+                _, _, self._keys[0], self._values[0] = _attention_decode(
+                    x, weights, self._keys[0], self._values[0], nothing + bound - 1, self.shape, num_positions=bound
+                )
         self.after_ffn(0, x)
         tile = Tile(residual=x, ffn_in=x, active=nothing > 0)
-        for layer in reversed(range(self.config.num_layers)):  # ranks may differ from layer to layer
-            tile = self._predicting(layer, tile, None, guess=True)
-        self._decode_ffn.warm_up(tile)
+        for layer in range(self.config.num_layers):  # ranks may differ from layer to layer
+            predicted = self._predicting(layer, tile, None, guess=True)
+            if predicted.predicted is not None:
+                tile = predicted
+        self.neurons.warm_up_step(tile)
         self.matrices.warm_up(x)
         for size in CHUNK_SIZES:
             chunk = Chunk(0, 0, 0, np.zeros(size, np.int32))
-            tile = self._attend(0, weights, chunk, zeros((size, self.config.d_model)))
-            self.prompt_ffn.warm_up(tile)
+            for weights in examples:
+                tile = self._attend(0, weights, chunk, zeros((size, self.config.d_model)))
+            self.neurons.warm_up_prompt(tile)
             self.after_ffn(0, tile.residual)
             self.matrices.embed(chunk.token_ids, chunk.token_ids)
             _put_row(x, tile.residual, np.int32(0), np.int32(0))

@@ -17,10 +17,10 @@ from ..storage.store import Store
 from .block_stream import BlockStream
 from .loader_pool import LoaderPool
 from .neuron_rows import NeuronRows
+from .plan import RESIDENT, STREAMED, Plan
 from .slab import Slab, SlabPlan
 from .weights import aligned_empty, on_device
 
-STREAM_BLOCK_BYTES = 8 << 20  # at 2 GB/s the disk takes 4 ms for it: a thousand times the cost of asking
 STREAM_BUFFERS = 4
 
 _block = jit(block_ffn, static_argnames=("compute_dtype",))
@@ -71,14 +71,22 @@ class FeedForward(Protocol):
 
 
 class StreamedFeedForward:
-    """Every neuron, read in order in blocks, for all tiles at once. Prompts in every mode but `resident`; `hybrid` and `naive`."""
+    """Every neuron, read in order in blocks, for all tiles at once: prompts, and decoding steps where nothing is predicted.
 
-    def __init__(self, store: Store, plan: SlabPlan, up_bias: Sequence[np.ndarray], compute: np.dtype, *, cyclic: bool) -> None:
-        self._compute, self._cyclic = compute, cyclic
-        self._num_layers, self._d_ff = store.config.num_layers, store.config.d_ff
-        self._length = max(1, min(self._d_ff, STREAM_BLOCK_BYTES // store.bundles.bundle_bytes))
+    The stream is cyclic where steps and prompts go through the same layers: it then reads ahead into the next one.
+    """
+
+    def __init__(self, store: Store, slab: SlabPlan, up_bias: Sequence[np.ndarray], compute: np.dtype, plan: Plan) -> None:
+        self._compute, self._d_ff = compute, store.config.d_ff
+        self._length = block_rows(store, plan.block_bytes)
         self._blocks = -(-self._d_ff // self._length)
-        self._buffers = [NeuronRows(plan, store.bundles, self._length) for _ in range(STREAM_BUFFERS)]
+        self._buffers = [NeuronRows(slab, store.bundles, self._length) for _ in range(STREAM_BUFFERS)]
+        steps = plan.layers(STREAMED)
+        prompts = [layer for layer, way in enumerate(plan.ffn) if way != RESIDENT]
+        self._of_prompts = [layer * self._blocks + block for layer in prompts for block in range(self._blocks)]
+        self._of_steps = [layer * self._blocks + block for layer in steps for block in range(self._blocks)]
+        if steps == prompts:
+            self._of_steps = self._of_prompts
         padding = self._blocks * self._length - self._d_ff
         self._padding = padding
         blocks = [np.pad(bias, (0, padding)).reshape(self._blocks, self._length) for bias in up_bias]
@@ -93,11 +101,23 @@ class StreamedFeedForward:
             offsets = self._buffers[buffer].offsets
             return [pool.read_range(layer, block * self._length, self._count(block), 0, offsets)]
 
-        self._stream = BlockStream(
-            pool, load, num_items=self._num_layers * self._blocks, num_buffers=STREAM_BUFFERS, cyclic=self._cyclic
-        )
+        cyclic = self._of_steps is self._of_prompts
+        self._stream = BlockStream(pool, load, items=self._of_prompts, num_buffers=STREAM_BUFFERS, cyclic=cyclic)
+
+    def add_step(self, layer: int, tile: Tile) -> jax.Array:
+        """`add_neurons` for a decoding step."""
+        self._stream.follow(self._of_steps, cyclic=True)
+        (total,) = self._add(layer, [tile])
+        return total
 
     def add_neurons(self, layer: int, tiles: Sequence[Tile]) -> list[jax.Array]:
+        self._follow_prompts()
+        return self._add(layer, tiles)
+
+    def _follow_prompts(self) -> None:
+        self._stream.follow(self._of_prompts, cyclic=self._of_steps is self._of_prompts)
+
+    def _add(self, layer: int, tiles: Sequence[Tile]) -> list[jax.Array]:
         sums = [tile.residual for tile in tiles]
         masks = self._padded_masks(tiles)
         for block in range(self._blocks):
@@ -109,6 +129,7 @@ class StreamedFeedForward:
 
     def observe_neurons(self, layer: int, tiles: Sequence[Tile]) -> tuple[list[jax.Array], list[np.ndarray]]:
         """`add_neurons`, and which neurons each token activates, predicted or not: [T, F] bool for each tile."""
+        self._follow_prompts()
         sums = [tile.residual for tile in tiles]
         active = [np.empty((len(tile.active), self._d_ff), bool) for tile in tiles]
         masks = self._padded_masks(tiles)
@@ -149,6 +170,7 @@ class StreamedFeedForward:
 
     def up_rows(self, layer: int) -> np.ndarray:
         """[F, D] the layer's up projection in the dtype of products; for the exact predictor, before the run."""
+        self._follow_prompts()
         rows = aligned_empty((self._d_ff, self._buffers[0].up.shape[1]), self._compute)
         for block in range(self._blocks):
             buffer = self._stream.take(layer * self._blocks + block)
@@ -161,16 +183,23 @@ class StreamedFeedForward:
         return min(self._length, self._d_ff - block * self._length)
 
 
-class ResidentFeedForward:
-    """Every neuron in memory for the whole run, as if the model fitted."""
+def block_rows(store: Store, block_bytes: int) -> int:
+    """Neurons of a streamed block."""
+    return max(1, min(store.config.d_ff, block_bytes // store.bundles.bundle_bytes))
 
-    def __init__(self, store: Store, plan: SlabPlan, up_bias: Sequence[np.ndarray], compute: np.dtype) -> None:
+
+class ResidentFeedForward:
+    """Every neuron of some layers in memory for the whole run, as if the model fitted."""
+
+    def __init__(
+        self, store: Store, slab: SlabPlan, up_bias: Sequence[np.ndarray], compute: np.dtype, layers: Sequence[int]
+    ) -> None:
         self._compute, self._d_ff = compute, store.config.d_ff
-        self._layers = [NeuronRows(plan, store.bundles, self._d_ff) for _ in range(store.config.num_layers)]
-        self._bias = [on_device(bias) for bias in up_bias]
+        self._layers = {layer: NeuronRows(slab, store.bundles, self._d_ff) for layer in layers}
+        self._bias = {layer: on_device(up_bias[layer]) for layer in layers}
 
     def bind(self, slab: Slab, pool: LoaderPool) -> None:
-        for layer, rows in enumerate(self._layers):
+        for layer, rows in self._layers.items():
             rows.bind(slab)
             pool.wait(pool.read_range(layer, 0, self._d_ff, 0, rows.offsets))
 
@@ -182,4 +211,4 @@ class ResidentFeedForward:
         ]
 
     def warm_up(self, tile: Tile) -> None:
-        self.add_neurons(0, [tile])
+        self.add_neurons(next(iter(self._layers)), [tile])

@@ -1,14 +1,18 @@
 """How much memory this process may still take: the machine's, or its cgroup's where one is smaller."""
 
+import ctypes
 import os
 from pathlib import Path
 
 from ..errors import InflashError
 
 # The interpreter with jax, compiled kernels, and each loader process: measured, see docs/performance.md.
-ENGINE_BYTES = 420 << 20
-LOADER_BYTES = 40 << 20
+ENGINE_BYTES = 180 << 20
+LOADER_BYTES = 25 << 20
 
+_M_ARENA_MAX = -8  # of malloc.h
+
+_libc = ctypes.CDLL(None)
 _CGROUP_ROOT = Path("/sys/fs/cgroup")
 _FILES = {  # controller: limit, usage, and statistics' name of the page cache that can be dropped
     "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
@@ -33,6 +37,18 @@ def program_bytes(loaders: int, *, from_nothing: bool = False) -> int:
         return ENGINE_BYTES + loaders * LOADER_BYTES
     resident_pages = int(Path("/proc/self/statm").read_text().split()[1])
     return max(ENGINE_BYTES - resident_pages * os.sysconf("SC_PAGE_SIZE"), 0) + loaders * LOADER_BYTES
+
+
+def keep_one_arena() -> None:
+    """Makes glibc's malloc serve all threads from one arena: with one for each of XLA's, what one has freed no other can use."""
+    if hasattr(_libc, "mallopt"):
+        _libc.mallopt(_M_ARENA_MAX, 1)
+
+
+def trim() -> None:
+    """Gives freed memory back to the system."""
+    if hasattr(_libc, "malloc_trim"):
+        _libc.malloc_trim(0)
 
 
 def check_fits(parts: dict[str, int], advice: str) -> None:

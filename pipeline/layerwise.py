@@ -17,7 +17,7 @@ from ..kernels.compilation import jit
 from ..kernels.decoder_layer import attention_chunk
 from ..storage.store import Store
 from .engine import Engine
-from .feed_forward import StreamedFeedForward, Tile
+from .feed_forward import Tile
 from .fixed_shapes import Chunk, capacity_for, split_prompt
 from .options import EngineOptions
 from .predictors import LayerPredictor
@@ -64,8 +64,8 @@ class LayerwisePass:
         self.store = store
         options = EngineOptions(ffn="naive", compute_dtype=compute_dtype, loaders=loaders, queue_depth=queue_depth)
         self.engine = Engine(store, options)
-        assert isinstance(self.engine.prompt_ffn, StreamedFeedForward)
-        self._ffn = self.engine.prompt_ffn
+        assert self.engine.neurons.streamed is not None
+        self._ffn = self.engine.neurons.streamed
         self.group = max(1, GROUP_TOKENS // context)
         shape = (1, store.config.num_heads, capacity_for(context), store.config.head_dim)
         self._keys, self._values = zeros(shape), zeros(shape)

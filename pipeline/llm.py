@@ -12,10 +12,12 @@ from .engine import Engine
 from .model_files import generation_config, load_tokenizer
 from .options import EngineOptions
 from .outputs import RequestOutput
+from .planned_engine import PlannedEngine
+from .planner import PlannedRun
 from .requests import Request, check_prompt
 from .sampler import Sampler
 from .sampling_params import SamplingParams
-from .scheduler import Scheduler
+from .scheduler import Scheduler, longest_of, sequences_of
 from .text import TokenBytes
 
 Prompt = str | Mapping[str, Any] | Sequence[int]
@@ -30,7 +32,7 @@ class LLM:
     Args:
       model: the store that `inflash convert` wrote.
       ffn, predictor, cache_neurons, window, policy, prefetch, overlap, max_num_seqs, max_model_len, compute_dtype, loaders,
-        queue_depth, merge_gap, seed, verify:
+        queue_depth, merge_gap, memory, seed, verify:
         see `EngineOptions`, which has the same names and defaults (a test compares them).
 
     Raises:
@@ -58,6 +60,7 @@ class LLM:
         loaders: int = 1,
         queue_depth: int = 128,
         merge_gap: int = 8 << 10,
+        memory: int | str | None = None,
         seed: int = 0,
         verify: bool = False,
     ) -> None:
@@ -75,6 +78,7 @@ class LLM:
             loaders=loaders,
             queue_depth=queue_depth,
             merge_gap=merge_gap,
+            memory=memory,
             seed=seed,
             verify=verify,
         )
@@ -84,7 +88,30 @@ class LLM:
         self.generation_config = generation_config(store)
         self.tokenizer = load_tokenizer(store)
         self._token_bytes = TokenBytes(self.tokenizer) if self.tokenizer else None
-        self.engine = Engine(store, self.options)
+        self._planned = None if memory is None else PlannedEngine(store, self.options)
+        self._engine = Engine(store, self.options) if memory is None else None
+
+    @property
+    def engine(self) -> Engine:
+        """What runs the model. With a memory budget it is planned for the first requests, or here for one sequence of the longest."""
+        if self._planned is None:
+            assert self._engine is not None
+            return self._engine
+        return self._planned.engine or self._planned.open_for(1, self.max_model_len)
+
+    @property
+    def planned(self) -> PlannedRun | None:
+        """How the memory budget is spent, and what was expected of it; None without one, and before the first requests."""
+        return self._planned.planned if self._planned else None
+
+    @property
+    def planning_notes(self) -> list[str]:
+        """Sentences on what a plan had to assume."""
+        return self._planned.notes if self._planned else []
+
+    def run_summary(self) -> dict[str, Any]:
+        """What the run has cost, as `StepTimes.summary` has it, and `predicted`: what the plan expected, under the same names."""
+        return {**self.engine.times.summary(), "predicted": self._planned.predicted() if self._planned else None}
 
     def generate(
         self,
@@ -127,10 +154,16 @@ class LLM:
     ) -> Iterator[RequestOutput]:
         """Yields each request's output as soon as it is finished; `on_tokens` is told how many tokens each step made."""
         sampler = Sampler(self.config.vocab_size, self.options.seed, self._token_bytes)
+        engine = self.engine if self._planned is None or not requests else self._engine_for(requests)
         scheduler = Scheduler(
-            self.engine, sampler, end_ids=self._end_ids(), token_bytes=self._token_bytes, max_length=self.max_model_len
+            engine, sampler, end_ids=self._end_ids(), token_bytes=self._token_bytes, max_length=self.max_model_len
         )
         return scheduler.run(requests, on_tokens)
+
+    def _engine_for(self, requests: Sequence[Request]) -> Engine:
+        assert self._planned is not None
+        num_seqs = min(self.options.max_num_seqs, 1 << (sequences_of(requests) - 1).bit_length())
+        return self._planned.open_for(num_seqs, min(longest_of(requests), self.max_model_len))
 
     def logits(self, token_ids: Sequence[int] | np.ndarray) -> np.ndarray:
         """The scores of the next token after each of the given ones, for evaluation: [T] ids to [T, V] float32.
@@ -143,11 +176,16 @@ class LLM:
         if len(ids) > self.max_model_len:
             raise InflashError(f"logits: at most {self.max_model_len} tokens fit, found {len(ids)}; give them in pieces")
         check_prompt(ids.tolist(), self.config.vocab_size, self.max_model_len + 1)
+        if self._planned is not None:
+            self._planned.open_for(1, max(len(ids), 1))
         return self.engine.all_logits(ids.astype(np.int32))
 
     def close(self) -> None:
         """Stops the loaders. Idempotent."""
-        self.engine.close()
+        if self._planned is not None:
+            self._planned.close()
+        elif self._engine is not None:
+            self._engine.close()
 
     def __enter__(self) -> Self:
         return self

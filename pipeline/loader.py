@@ -49,6 +49,7 @@ class LoaderConfig:
     merge_gap: int
     verify: bool
     slab_bytes: int
+    slab_large: tuple[tuple[int, int], ...]
     slab_descriptor: int
     wake_descriptor: int
     done_descriptor: int
@@ -115,7 +116,7 @@ class Loader:
 
     def __init__(self, config: LoaderConfig) -> None:
         self._config = config
-        self._slab = Slab(config.slab_bytes, config.slab_descriptor)
+        self._slab = Slab(config.slab_bytes, config.slab_descriptor, config.slab_large)
         self._channel = Channel(self._slab, config.region)
         self._readers: dict[tuple[int, int | None], DirectReader] = {}
         self._files: dict[int, DirectFile] = {}

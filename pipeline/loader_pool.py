@@ -218,6 +218,7 @@ class LoaderPool:
             num_parts=store.bundles.num_parts,
             item_bytes=store.bundles.row_bytes // store.config.d_model,
             slab_bytes=slab.num_bytes,
+            slab_large=tuple(slab.large),
             slab_descriptor=slab.descriptor,
             wake_descriptor=wake,
             done_descriptor=self._done,

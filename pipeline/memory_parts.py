@@ -7,34 +7,36 @@ import numpy as np
 
 from ..errors import InflashError
 from ..storage.store import Store
-from .feed_forward import STREAM_BLOCK_BYTES, STREAM_BUFFERS
-from .fixed_shapes import capacity_for
+from .feed_forward import STREAM_BUFFERS, block_rows
+from .fixed_shapes import CHUNK_SIZES, capacity_for
 from .host_memory import program_bytes
-from .matrix_source import STREAMED_NAMES
 from .options import EngineOptions
-from .predictors import choose_predictor, choose_prefetch, predictor_bytes
+from .plan import CACHED, RESIDENT, Plan, guessed_layers, plan_from_options
+from .predictors import predictor_bytes
 from .weights import compute_dtype, loaded_bytes
 
+_ACTIVATIONS = 5  # of a prompt's tokens at a time, [T, D] f32 each: input, residual, FFN input, sum, output
 
-def memory_parts(store: Store, options: EngineOptions) -> dict[str, int]:
-    """Bytes by name; the KV cache comes on top, see `kv_cache_bytes`.
 
-    Raises:
-      InflashError: the store has no such predictor.
-    """
-    config, compute = store.config, compute_dtype(options.compute_dtype, store.dtype)
-    slots = {"sparse": options.cache_slots(config.d_ff), "resident": config.d_ff}.get(options.ffn, 0)
-    predictors = []
-    if options.ffn == "sparse":
-        name = choose_predictor(store, options.predictor)
-        predictors = [name, choose_prefetch(store, options.prefetch, name) or "none"]
+def memory_parts(store: Store, options: EngineOptions, plan: Plan) -> dict[str, int]:
+    """Bytes by name. The KV cache comes on top where the plan does not say its size, see `kv_cache_bytes`."""
+    compute = compute_dtype(options.compute_dtype, store.dtype)
+    predictors = ((plan.predictor, plan.layers(CACHED)), (plan.prefetch, guessed_layers(plan)))
     return {
-        "attention and embeddings": loaded_bytes(store, compute, skipped_names(options)),
-        "neurons": slots * store.bundles.bundle_bytes * config.num_layers,
-        "buffers": _buffer_bytes(store, options),
-        "predictor": sum(predictor_bytes(store, name, compute) for name in predictors),
-        "program": program_bytes(options.loaders),
+        "attention and embeddings": loaded_bytes(store, compute, plan.streamed_names),
+        "neurons": sum(plan.slots) * store.bundles.bundle_bytes,
+        "buffers": buffer_bytes(store, plan),
+        "predictor": sum(predictor_bytes(store, name, compute, layers) for name, layers in predictors if name),
+        "activations": activation_bytes(store, plan),
+        "KV cache": kv_cache_bytes(store, plan.num_seqs, plan.max_length) if plan.num_seqs else 0,
+        "program": program_bytes(plan.loaders),
     }
+
+
+def total_bytes(store: Store, options: EngineOptions, plan: Plan) -> int:
+    """All that processes which are yet to start will hold."""
+    parts = memory_parts(store, options, plan)
+    return sum(parts.values()) - parts["program"] + program_bytes(plan.loaders, from_nothing=True)
 
 
 def kv_cache_bytes(store: Store, num_seqs: int, max_length: int) -> int:
@@ -43,9 +45,22 @@ def kv_cache_bytes(store: Store, num_seqs: int, max_length: int) -> int:
     return 2 * config.num_layers * num_seqs * config.d_model * capacity_for(max_length) * np.dtype(np.float32).itemsize
 
 
-def skipped_names(options: EngineOptions) -> frozenset[str]:
-    """Resident tensors that are streamed instead."""
-    return STREAMED_NAMES if options.ffn == "naive" else frozenset()
+def activation_bytes(store: Store, plan: Plan) -> int:
+    """What passes through the layers: of prompts, and of a decoding step."""
+    config = store.config
+    prompt = _ACTIVATIONS * max(plan.prompt_tokens, plan.max_length) * config.d_model
+    scores = 2 * CHUNK_SIZES[-1] * config.num_heads * (capacity_for(plan.max_length) if plan.max_length else 0)
+    hidden = 2 * CHUNK_SIZES[-1] * max(block_rows(store, plan.block_bytes), config.d_ff if RESIDENT in plan.ffn else 0)
+    logits = 4 * max(plan.num_seqs, 1) * config.vocab_size
+    return np.dtype(np.float32).itemsize * (prompt + max(scores, hidden, logits))
+
+
+def buffer_bytes(store: Store, plan: Plan) -> int:
+    """What weights stream through: blocks of neurons where some are not resident, and two layers' attention where some is not."""
+    config, bundles = store.config, store.bundles
+    streams = any(way != RESIDENT for way in plan.ffn)
+    blocks = STREAM_BUFFERS * block_rows(store, plan.block_bytes) * bundles.bundle_bytes if streams else 0
+    return blocks + (2 * 4 * config.d_model * bundles.row_bytes if plan.streams_matrices else 0)
 
 
 def slots_within(store: Store, options: EngineOptions, limit: int, num_seqs: int, max_length: int) -> int:
@@ -54,7 +69,8 @@ def slots_within(store: Store, options: EngineOptions, limit: int, num_seqs: int
     Raises:
       InflashError: not even a hundredth of the neurons would fit.
     """
-    parts = {**memory_parts(store, options), "program": program_bytes(options.loaders, from_nothing=True)}
+    plan = plan_from_options(store, options)
+    parts = {**memory_parts(store, options, plan), "program": program_bytes(options.loaders, from_nothing=True)}
     rest = sum(size for name, size in parts.items() if name != "neurons") + kv_cache_bytes(store, num_seqs, max_length)
     slots = (limit - rest) // (store.bundles.bundle_bytes * store.config.num_layers)
     least = max(1, store.config.d_ff // 100)
@@ -64,11 +80,3 @@ def slots_within(store: Store, options: EngineOptions, limit: int, num_seqs: int
             f"memory: the least that would do is {needed / 2**20:.0f} MiB, found a limit of {limit / 2**20:.0f} MiB"
         )
     return min(slots, store.config.d_ff)
-
-
-def _buffer_bytes(store: Store, options: EngineOptions) -> int:
-    """What weights stream through: blocks of neurons but in resident mode, and two layers' attention in naive mode."""
-    bundles = store.bundles
-    blocks = 0 if options.ffn == "resident" else STREAM_BUFFERS * min(STREAM_BLOCK_BYTES, bundles.layer_bytes)
-    attention = 2 * 4 * store.config.d_model * bundles.row_bytes if options.ffn == "naive" else 0
-    return blocks + attention

@@ -60,11 +60,11 @@ def path() -> Path:
         metadata.version("jaxlib"),
         platform.system(),
         platform.machine(),
-        *_processor(),
+        *processor(),
         repr((FLAGS, MACHINE_FLAGS)),
     )
     digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
-    return _cache() / "inflash" / f"kernels-{digest}.so"
+    return cache_folder() / "inflash" / f"kernels-{digest}.so"
 
 
 def build(check: Callable[[Path], None] = lambda _: None) -> Build:
@@ -138,12 +138,12 @@ def choose() -> bool:
     return True
 
 
-def _cache() -> Path:
+def cache_folder() -> Path:
     folder = Path(os.environ.get("XDG_CACHE_HOME", ""))
     return folder if folder.is_absolute() else Path.home() / ".cache"
 
 
-def _processor() -> list[str]:
+def processor() -> list[str]:
     """What the first processor says of itself; a build for it may not run on another."""
     try:
         first = Path("/proc/cpuinfo").read_text().split("\n\n", 1)[0]

@@ -209,6 +209,16 @@ class LeastFrequentlyUsed:
     def resident(self) -> np.ndarray:
         return np.sort(self._neuron_in[self._neuron_in >= 0])
 
+    def resize(self, num_slots: int) -> None:
+        """Another number of slots, between tokens; the neurons in slots that are no more are forgotten."""
+        leaving = self._neuron_in[num_slots:]
+        self._slot_of[leaving[leaving >= 0]] = -1
+        for name, empty in (("_neuron_in", -1), ("_count", 0), ("_call_of", 0)):
+            kept = getattr(self, name)[:num_slots]
+            setattr(self, name, np.concatenate((kept, np.full(num_slots - len(kept), empty, kept.dtype))))
+        self.num_slots, self._num_used = num_slots, min(self._num_used, num_slots)
+        self._hand %= num_slots
+
     def _take(self, count: int) -> np.ndarray:
         """`count` slots: those never used, then the least used of those that the hand passes."""
         fresh = np.arange(self._num_used, min(self._num_used + count, self.num_slots), dtype=np.int32)

@@ -15,23 +15,29 @@ from .weights import alias
 
 
 class NeuronRows:
-    """Room for `num_rows` neurons of one layout.
+    """Room for `num_rows` neurons of one layout, of which the first `used_rows` (None: all) will be used.
 
     Attributes:
       offsets: of each part's rows in the slab, P of them.
       up, down: [S, D] JAX arrays on the slab's memory, in the store's dtype; there once `bind` was called.
     """
 
-    def __init__(self, plan: SlabPlan, bundles: BundleLayout, num_rows: int) -> None:
+    def __init__(self, plan: SlabPlan, bundles: BundleLayout, num_rows: int, used_rows: int | None = None) -> None:
         self.num_rows = num_rows
         self._bundles = bundles
-        self.offsets: Sequence[int] = [plan.reserve(num_rows * bundles.row_bytes) for _ in range(bundles.num_parts)]
+        used = (num_rows if used_rows is None else used_rows) * bundles.row_bytes
+        self.offsets: Sequence[int] = [plan.reserve(num_rows * bundles.row_bytes, used) for _ in range(bundles.num_parts)]
         self.up: jax.Array
         self.down: jax.Array
 
     def bind(self, slab: Slab) -> None:
         shape = (self.num_rows, self._bundles.d_model)
         self.up, self.down = (alias(slab.array(o, shape, dtype_of(self._bundles.dtype))) for o in self.offsets)
+
+    def discard(self, slab: Slab, first: int) -> None:
+        """Gives back the memory of the rows from `first` on."""
+        for offset in self.offsets:
+            slab.discard(offset + first * self._bundles.row_bytes, (self.num_rows - first) * self._bundles.row_bytes)
 
     def probe(self, slab: Slab, reader: DirectReader) -> bool:
         """Reads one neuron and says whether reads into these rows go past the page cache; the reader warns where they do not."""

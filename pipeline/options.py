@@ -32,6 +32,8 @@ class EngineOptions:
       loaders: loader processes.
       queue_depth: reads that each loader keeps under way.
       merge_gap: neurons at most so many bytes apart on flash are read together, with what lies between them.
+      memory: bytes for everything that a run holds; a planner then decides what the options leave at their defaults. "auto": what is
+        free, less a reserve. None: the options say it all.
       seed: base of the seeds of requests that bring none.
       verify: check every weight that is read against its checksum.
     """
@@ -49,6 +51,7 @@ class EngineOptions:
     loaders: int = 1
     queue_depth: int = 128
     merge_gap: int = 8 << 10
+    memory: int | str | None = None
     seed: int = 0
     verify: bool = False
 
@@ -70,6 +73,10 @@ class EngineOptions:
             raise InflashError(f"window={self.window} needs policy 'window', found {self.policy!r}")
         if isinstance(self.cache_neurons, bool) or not isinstance(self.cache_neurons, (int, float)):
             raise InflashError(f"cache_neurons should be a share or a count, found {self.cache_neurons!r}")
+        if self.memory not in (None, "auto") and (
+            not isinstance(self.memory, int) or isinstance(self.memory, bool) or self.memory < 1
+        ):
+            raise InflashError(f"memory should be a number of bytes, 'auto' or None, found {self.memory!r}")
         if self.cache_neurons <= 0 or (isinstance(self.cache_neurons, float) and self.cache_neurons > 1):
             raise InflashError(
                 f"cache_neurons should be a share of d_ff above 0 and up to 1.0, or a count of neurons, found {self.cache_neurons!r}"

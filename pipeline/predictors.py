@@ -3,7 +3,7 @@
 Axes: T tokens (the rows of a batch, or of a prompt), D d_model, F d_ff.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import jax
@@ -70,10 +70,10 @@ class ExactPredictor:
     name = "exact"
     ahead = 0
 
-    def __init__(self, weights: ModelWeights, up_rows: UpRows) -> None:
-        self._up = [alias(up_rows(layer)) for layer in range(len(weights.layers))]
-        self._bias = [on_device(bias) for bias in weights.up_bias]
-        self.num_bytes = sum(up.nbytes for up in self._up)
+    def __init__(self, weights: ModelWeights, up_rows: UpRows, layers: Sequence[int]) -> None:
+        self._up = {layer: alias(up_rows(layer)) for layer in layers}
+        self._bias = {layer: on_device(weights.up_bias[layer]) for layer in layers}
+        self.num_bytes = sum(up.nbytes for up in self._up.values())
 
     def predict(self, layer: int, ffn_in: jax.Array) -> jax.Array:
         return _predict_exact(ffn_in, self._up[layer], self._bias[layer])
@@ -112,16 +112,16 @@ class LayerPredictor:
 
 
 class StoredPredictor:
-    """A predictor of the store, every layer in memory.
+    """A predictor of the store, some layers of it in memory.
 
     Attributes:
       layers: by number.
     """
 
-    def __init__(self, store: Store, name: str, *, verify: bool = False) -> None:
+    def __init__(self, store: Store, name: str, layers: Sequence[int], *, verify: bool = False) -> None:
         self.name, self.ahead = name, store.predictors[name].ahead
-        self.layers = [load_layer(store, name, layer, verify=verify) for layer in range(store.config.num_layers)]
-        self.num_bytes = sum(layer.num_bytes for layer in self.layers)
+        self.layers = {layer: load_layer(store, name, layer, verify=verify) for layer in layers}
+        self.num_bytes = sum(layer.num_bytes for layer in self.layers.values())
 
     def predict(self, layer: int, ffn_in: jax.Array) -> jax.Array:
         return self.layers[layer].predict(ffn_in)
@@ -201,14 +201,15 @@ def choose_prefetch(store: Store, requested: str, predictor: str | None) -> str 
     return requested
 
 
-def predictor_bytes(store: Store, name: str, dtype: np.dtype) -> int:
-    """Memory that the predictor will hold."""
+def predictor_bytes(store: Store, name: str, dtype: np.dtype, layers: Sequence[int]) -> int:
+    """Memory that these layers of the predictor will hold."""
     config = store.config
     if name == "none":
         return 0
     if name == "exact":
-        return config.num_layers * config.d_ff * config.d_model * dtype.itemsize
-    return predictor_layout.predictor_bytes(config, store.predictors[name])
+        return len(layers) * config.d_ff * config.d_model * dtype.itemsize
+    specs = [spec for layer in layers for spec in predictor_layout.predictor_specs(config, store.predictors[name], layer)]
+    return sum(spec.nbytes for spec in specs)
 
 
 def _worth(info: PredictorInfo) -> tuple[int, int]:

@@ -12,8 +12,15 @@ from .requests import Continuation, Request, RequestProgress
 from .sampler import Sampler
 from .text import TokenBytes
 
-PROMPT_TOKENS = 4096
-"""Tokens of prompts that pass through the layers together; bounds the activations in memory."""
+
+def sequences_of(requests: Sequence[Request]) -> int:
+    """Continuations that the requests ask for."""
+    return sum(request.sampling_params.n for request in requests)
+
+
+def longest_of(requests: Sequence[Request]) -> int:
+    """Tokens of the longest of them, prompt and output."""
+    return max(len(request.prompt_token_ids) + request.sampling_params.max_tokens for request in requests)
 
 
 class Scheduler:
@@ -40,7 +47,7 @@ class Scheduler:
         slots: list[Continuation | None] = [None] * self._engine.num_seqs
         while waiting or any(slots):
             running = [(row, c) for row, c in enumerate(slots) if c is not None]
-            admitted = self._admit(slots, waiting)
+            admitted = self._admit(slots, waiting, self._engine.plan.prompt_tokens)
             if admitted:
                 logits = self._engine.process_prompts(
                     [(row, np.asarray(c.request.prompt_token_ids, np.int32)) for row, c in admitted]
@@ -56,17 +63,19 @@ class Scheduler:
 
     def _prepare(self, requests: Sequence[Request]) -> None:
         """Sizes the engine for these requests, in powers of two so that the next call finds it compiled."""
-        sequences = sum(request.sampling_params.n for request in requests)
-        num_seqs = min(self._engine.options.max_num_seqs, 1 << (sequences - 1).bit_length())
-        longest = max(len(r.prompt_token_ids) + r.sampling_params.max_tokens for r in requests)
-        self._engine.prepare(num_seqs, min(longest, self._max_length))
+        sequences = sequences_of(requests)
+        most = self._engine.plan.num_seqs or self._engine.options.max_num_seqs
+        num_seqs = min(most, 1 << (sequences - 1).bit_length())
+        self._engine.prepare(num_seqs, min(longest_of(requests), self._max_length))
         self._sampler.warm_up(num_seqs, [request.sampling_params for request in requests])
 
     def _begin(self, request: Request) -> RequestProgress:
         return RequestProgress(request, max_length=self._max_length, end_ids=self._end_ids, token_bytes=self._token_bytes)
 
     @staticmethod
-    def _admit(slots: list[Continuation | None], waiting: deque[Continuation]) -> list[tuple[int, Continuation]]:
+    def _admit(
+        slots: list[Continuation | None], waiting: deque[Continuation], most_tokens: int
+    ) -> list[tuple[int, Continuation]]:
         """Puts waiting continuations into free slots, in order, as many as pass through the layers together."""
         admitted: list[tuple[int, Continuation]] = []
         num_tokens = 0
@@ -74,7 +83,7 @@ class Scheduler:
             if not waiting:
                 break
             num_tokens += len(waiting[0].request.prompt_token_ids)
-            if admitted and num_tokens > PROMPT_TOKENS:
+            if admitted and num_tokens > most_tokens:
                 break
             continuation = waiting.popleft()
             slots[row] = continuation

@@ -14,26 +14,40 @@ import numpy as np
 from ..errors import RunError
 
 ALIGNMENT = 4096  # a page, and what any disk asks of a direct read's memory
+_HUGE_PAGE = 2 << 20
 
 
 class SlabPlan:
-    """Adds up regions before the slab is made."""
+    """Adds up regions before the slab is made.
+
+    Attributes:
+      num_bytes: of all regions. What nobody touches takes no memory.
+      large: (offset, length) of stretches that large pages may serve.
+    """
 
     def __init__(self) -> None:
         self.num_bytes = 0
+        self.large: list[tuple[int, int]] = []
 
-    def reserve(self, num_bytes: int) -> int:
-        """Takes `num_bytes`; returns the region's offset, a multiple of `ALIGNMENT`."""
-        offset = self.num_bytes
-        self.num_bytes += -(-num_bytes // ALIGNMENT) * ALIGNMENT
+    def reserve(self, num_bytes: int, used_bytes: int | None = None) -> int:
+        """Takes `num_bytes`, of which the first `used_bytes` (None: all) will be used; returns the region's offset.
+
+        It is a multiple of `ALIGNMENT`, and of a large page where the region has room for one.
+        """
+        alignment = _HUGE_PAGE if num_bytes >= _HUGE_PAGE else ALIGNMENT
+        offset = -(-self.num_bytes // alignment) * alignment
+        self.num_bytes = offset + -(-num_bytes // ALIGNMENT) * ALIGNMENT
+        # Only whole large pages of what is used: the rest of one would be memory that no account has.
+        if whole := (num_bytes if used_bytes is None else used_bytes) // _HUGE_PAGE * _HUGE_PAGE:
+            self.large.append((offset, whole))
         return offset
 
 
 class Slab:
     """The mapping, in the engine (which makes it) or in a loader (which is given its descriptor)."""
 
-    def __init__(self, num_bytes: int, descriptor: int | None = None) -> None:
-        self.num_bytes = num_bytes
+    def __init__(self, num_bytes: int, descriptor: int | None = None, large: Sequence[tuple[int, int]] = ()) -> None:
+        self.num_bytes, self.large = num_bytes, large
         made = descriptor is None
         descriptor = os.memfd_create("inflash-slab") if descriptor is None else descriptor
         try:
@@ -45,7 +59,9 @@ class Slab:
             raise RunError(f"shared memory: {num_bytes} bytes cannot be had: {error.strerror}") from error
         # Rows are taken from all over the slab, and the kernel pins the pages of each read: few large pages make both cheaper.
         with suppress(OSError):  # a kernel may have none
-            mapping.madvise(mmap.MADV_HUGEPAGE)
+            for offset, length in large:
+                mapping.madvise(mmap.MADV_HUGEPAGE, offset, length)
+        self._mapping = mapping
         self._bytes = np.frombuffer(mapping, np.uint8)
         self.descriptor: int | None = descriptor
 
@@ -55,6 +71,12 @@ class Slab:
         if offset + num_bytes > self.num_bytes:
             raise RunError(f"slab: a region of {num_bytes} bytes at {offset} ends past the slab's {self.num_bytes} bytes")
         return self._bytes[offset : offset + num_bytes].view(dtype).reshape(shape)
+
+    def discard(self, offset: int, num_bytes: int) -> None:
+        """Gives the memory of whole pages back to the system; they read as zeros from now on."""
+        first, last = -(-offset // ALIGNMENT) * ALIGNMENT, (offset + num_bytes) // ALIGNMENT * ALIGNMENT
+        if last > first:
+            self._mapping.madvise(mmap.MADV_REMOVE, first, last - first)
 
     def close(self) -> None:
         """Gives the descriptor back; the memory goes when the last view of it does. Idempotent."""

@@ -3,7 +3,7 @@
 Axes: F d_ff, D d_model, V vocabulary, E embed_dim.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import jax
@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 
 from ..errors import RunError
-from ..storage.layout import TensorSpec, resident_specs
+from ..storage.layout import TensorSpec, resident_layers, resident_specs
 from ..storage.resident import Piece
 from ..storage.store import Store
 
@@ -63,15 +63,11 @@ def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     return raw[start : start + num_bytes].view(dtype).reshape(shape)
 
 
-def gather_pieces(
-    parts: Iterable[tuple[Piece, np.ndarray]], dtype: np.dtype, skip: frozenset[str] = frozenset()
-) -> dict[str, np.ndarray]:
+def gather_pieces(parts: Iterable[tuple[Piece, np.ndarray]], dtype: np.dtype) -> dict[str, np.ndarray]:
     """Whole tensors from their pieces: matrices in `dtype`, vectors as they are."""
     tensors: dict[str, np.ndarray] = {}
     for piece, rows in parts:
         name, shape = piece.spec.name, piece.spec.shape
-        if name in skip:
-            continue
         if name not in tensors:
             tensors[name] = aligned_empty(shape, dtype if len(shape) > 1 else rows.dtype)
         tensors[name][piece.start : piece.stop] = rows
@@ -98,27 +94,39 @@ class ModelWeights:
         return sum(array.nbytes for group in groups for array in group.values()) + sum(b.nbytes for b in self.up_bias)
 
 
-def load_weights(store: Store, dtype: np.dtype, skip: frozenset[str] = frozenset(), *, verify: bool = False) -> ModelWeights:
-    """Loads everything resident but the tensors named in `skip`; matrices become `dtype`. Checksums are compared if asked for."""
+Skip = Callable[[int | None], frozenset[str]]
+"""Names the tensors of a layer (None: the embeddings) that are not loaded."""
+
+
+def skip_nothing(layer: int | None) -> frozenset[str]:
+    """Everything is loaded."""
+    return frozenset()
+
+
+def load_weights(store: Store, dtype: np.dtype, skip: Skip = skip_nothing, *, verify: bool = False) -> ModelWeights:
+    """Loads everything resident but what `skip` names; matrices become `dtype`. Checksums are compared if asked for."""
     embeddings = {
-        name: alias(tensor) for name, tensor in gather_pieces(store.load_resident(None, verify=verify), dtype, skip).items()
+        name: alias(tensor)
+        for name, tensor in gather_pieces(store.load_resident(None, skip=skip(None), verify=verify), dtype).items()
     }
     layers, up_bias = [], []
     for layer in range(store.config.num_layers):
-        tensors = gather_pieces(store.load_resident(layer, verify=verify), dtype, skip)
+        tensors = gather_pieces(store.load_resident(layer, skip=skip(layer), verify=verify), dtype)
         up_bias.append(np.ascontiguousarray(tensors.pop("up_bias")[store.neuron_order(layer)]))
         layers.append({name: alias(tensor) for name, tensor in tensors.items()})
     return ModelWeights(embeddings=embeddings, layers=layers, up_bias=up_bias)
 
 
-def resident_specs_of(store: Store, skip: frozenset[str] = frozenset()) -> Iterator[TensorSpec]:
-    """The specs of everything that `load_weights` would load."""
-    for layer in (None, *range(store.config.num_layers)):
-        yield from (spec for spec in resident_specs(store.config, layer, store.dtype) if spec.name not in skip)
-
-
-def loaded_bytes(store: Store, dtype: np.dtype, skip: frozenset[str] = frozenset()) -> int:
+def loaded_bytes(store: Store, dtype: np.dtype, skip: Skip = skip_nothing) -> int:
     """Bytes that `load_weights` would hold."""
     return sum(
-        int(np.prod(spec.shape)) * (dtype.itemsize if len(spec.shape) > 1 else 4) for spec in resident_specs_of(store, skip)
+        tensor_bytes(spec, dtype)
+        for layer in resident_layers(store.config)
+        for spec in resident_specs(store.config, layer, store.dtype)
+        if spec.name not in skip(layer)
     )
+
+
+def tensor_bytes(spec: TensorSpec, dtype: np.dtype) -> int:
+    """Of a tensor in memory: matrices in the dtype of products, vectors in float32."""
+    return int(np.prod(spec.shape)) * (dtype.itemsize if len(spec.shape) > 1 else 4)

@@ -19,7 +19,8 @@ from ..errors import InflashError
 from .layout import ATTRIBUTES_KEY, PREDICTORS_FOLDER, resident_name
 from .model_config import ModelConfig
 from .predictor_layout import PredictorInfo, predictor_specs
-from .resident import load_tensors, save_tensors
+from .resident import save_tensors
+from .resident_reader import read_tensors
 from .store import Store, open_store, sync_tree
 
 _REMEDY = "make or import this predictor again with --replace"
@@ -45,7 +46,7 @@ def load_predictor_layer(store: Store, name: str, layer: int, *, verify: bool = 
     """
     specs = predictor_specs(store.config, store.predictors[name], layer)
     parts: dict[str, list[np.ndarray]] = {}
-    for piece, rows in load_tensors(store.predictor_folder(name, layer), specs, verify=verify, remedy=_REMEDY):
+    for piece, rows in read_tensors(store.predictor_folder(name, layer), specs, verify=verify, remedy=_REMEDY):
         parts.setdefault(piece.spec.name, []).append(rows)
     return {key: np.concatenate(rows) if len(rows) > 1 else rows[0] for key, rows in parts.items()}
 

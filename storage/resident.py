@@ -16,7 +16,7 @@ import numpy as np
 from ..errors import InflashError, RunError
 from .checksum import crc32c
 from .layout import TensorSpec, dtype_of
-from .shard_index import open_raw_array
+from .shard_index import RawArray, open_raw_array
 
 PIECE_BYTES = 256 << 20
 CHECKSUMS_FILE = "checksums.json"
@@ -76,7 +76,7 @@ def save_tensors(folder: Path, specs: tuple[TensorSpec, ...], tensor: Callable[[
                     raise InflashError(f"{piece.spec.name}: expected shape {piece.spec.shape}, found {held[1].shape}")
             leaves[piece.spec.name] = held[1][piece.start : piece.stop].astype(dtype_of(piece.spec.dtype), copy=False)
         _save_checkpoint((folder / str(number)).absolute(), leaves)
-        checksums |= {f"{number}/{name}": _checksum(leaf) for name, leaf in leaves.items()}
+        checksums |= {f"{number}/{name}": checksum_of(leaf) for name, leaf in leaves.items()}
     (folder / CHECKSUMS_FILE).write_text(json.dumps(checksums, indent=1) + "\n", encoding="utf-8")
 
 
@@ -94,7 +94,7 @@ def load_tensors(
     Raises:
       InflashError: the group is missing, cannot be read, contradicts its specs, or is damaged and `verify` is set.
     """
-    checksums = _read_checksums(folder, remedy) if verify else {}
+    checksums = read_checksums(folder, remedy) if verify else {}
     for number, checkpoint in enumerate(pieces(specs)):
         path = folder / str(number)
         if not path.is_dir():
@@ -111,11 +111,30 @@ def load_tensors(
                     f"{path}: {piece.spec.name}: expected {piece.spec.dtype} {piece.shape}, found {leaf.dtype} {leaf.shape}"
                 )
             name = f"{number}/{piece.spec.name}"
-            if verify and checksums.get(name) != (found := _checksum(leaf)):
+            if verify and checksums.get(name) != (found := checksum_of(leaf)):
                 raise InflashError(
                     f"{folder / name}: expected checksum {checksums.get(name)}, found {found}; the store is damaged, {remedy}"
                 )
             yield piece, leaf
+
+
+def open_leaf(checkpoint: Path, piece: Piece) -> RawArray:
+    """Where a piece's rows lie in the files of its checkpoint.
+
+    Raises:
+      InflashError: there is no such checkpoint, its files cannot be read, or they hold something else.
+    """
+    if not checkpoint.is_dir():
+        raise InflashError(f"{checkpoint}: expected an Orbax checkpoint, found none; is the store whole?")
+    try:
+        array = open_raw_array(checkpoint / piece.spec.name)
+    except InflashError as error:
+        raise InflashError(f"{checkpoint}: this Orbax checkpoint cannot be read: {error}") from error
+    if array.shape != piece.shape or array.data_type != piece.spec.dtype:
+        raise InflashError(
+            f"{checkpoint}: {piece.spec.name}: expected {piece.spec.dtype} {piece.shape}, found {array.data_type} {array.shape}"
+        )
+    return array
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,12 +170,12 @@ def _save_checkpoint(path: Path, leaves: dict[str, np.ndarray]) -> None:
         raise RunError(f"{path}: this Orbax checkpoint cannot be written: {_first_line(error)}") from error
 
 
-def _checksum(leaf: np.ndarray) -> str:
+def checksum_of(leaf: np.ndarray) -> str:
     """CRC32C in hexadecimal of a leaf's bytes."""
     return f"{crc32c(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8)):08x}"
 
 
-def _read_checksums(folder: Path, remedy: str) -> dict[str, str]:
+def read_checksums(folder: Path, remedy: str) -> dict[str, str]:
     path = folder / CHECKSUMS_FILE
     try:
         document = json.loads(path.read_bytes())

@@ -27,12 +27,14 @@ class RawArray:
 
     Attributes:
       file: the shard.
+      data_type: Zarr's name of it.
       shape: of the whole array.
       row_bytes: bytes of one row.
       row_offsets: [shape[0]] int64, where each row starts in the file.
     """
 
     file: Path
+    data_type: str
     shape: tuple[int, ...]
     row_bytes: int
     row_offsets: np.ndarray
@@ -61,7 +63,7 @@ def open_raw_array(folder: Path) -> RawArray:
         raise InflashError(f"{file}: its index points past its end ({size} bytes); convert the model again")
     rows = np.arange(shape[0])
     offsets = index[rows // chunk_rows, 0].astype(np.int64) + rows % chunk_rows * row_bytes
-    return RawArray(file=file, shape=shape, row_bytes=row_bytes, row_offsets=offsets)
+    return RawArray(file=file, data_type=metadata["data_type"], shape=shape, row_bytes=row_bytes, row_offsets=offsets)
 
 
 def write_index(num_chunks: int, chunk_bytes: int) -> bytes:

@@ -34,7 +34,8 @@ from .layout import (
 )
 from .model_config import ModelConfig
 from .predictor_layout import PredictorInfo
-from .resident import Piece, load_tensors
+from .resident import Piece
+from .resident_reader import read_tensors
 from .shard_index import open_raw_array, write_index
 
 if TYPE_CHECKING:
@@ -67,9 +68,15 @@ class Store:
     def resident_folder(self, layer: int | None) -> Path:
         return self.path / RESIDENT_FOLDER / resident_name(layer)
 
-    def load_resident(self, layer: int | None, *, verify: bool = False) -> Iterator[tuple[Piece, np.ndarray]]:
-        """The resident tensors of a layer (None: the embeddings), piece by piece, compared with their checksums if asked for."""
-        return load_tensors(self.resident_folder(layer), resident_specs(self.config, layer, self.dtype), verify=verify)
+    def load_resident(
+        self, layer: int | None, *, skip: frozenset[str] = frozenset(), verify: bool = False
+    ) -> Iterator[tuple[Piece, np.ndarray]]:
+        """The resident tensors of a layer (None: the embeddings) but those that `skip` names, some rows at a time.
+
+        `verify`: they are compared with their checksums.
+        """
+        specs = resident_specs(self.config, layer, self.dtype)
+        return read_tensors(self.resident_folder(layer), specs, skip=skip, verify=verify)
 
     def predictor_folder(self, name: str, layer: int) -> Path:
         return self.path / PREDICTORS_FOLDER / name / resident_name(layer)

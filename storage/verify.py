@@ -6,9 +6,10 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import InflashError
-from .layout import bundles_path, checksums_path, neuron_order_path, resident_layers, storage_dtype
-from .predictor_store import load_predictor_layer
+from .layout import TensorSpec, bundles_path, checksums_path, neuron_order_path, resident_layers, resident_specs, storage_dtype
+from .predictor_layout import predictor_specs
 from .readers import DirectReader, read_checksums, verify_blocks
+from .resident import load_tensors
 from .shard_index import RawArray, open_raw_array
 from .store import Store
 
@@ -66,14 +67,19 @@ def _order_faults(store: Store, layer: int) -> list[str]:
 
 
 def _resident_faults(store: Store, layer: int | None) -> list[str]:
-    for _ in store.load_resident(layer, verify=True):
-        pass  # loading checks shapes, dtypes and checksums
+    _load(store.resident_folder(layer), resident_specs(store.config, layer, store.dtype))
     return []
 
 
 def _predictor_faults(store: Store, layer: int, name: str) -> list[str]:
-    load_predictor_layer(store, name, layer, verify=True)
+    _load(store.predictor_folder(name, layer), predictor_specs(store.config, store.predictors[name], layer))
     return []
+
+
+def _load(folder: Path, specs: tuple[TensorSpec, ...]) -> None:
+    """Through Orbax, as any other reader would; loading checks shapes, dtypes and checksums."""
+    for _ in load_tensors(folder, specs, verify=True):
+        pass
 
 
 def _shape_fault(array: RawArray, path: Path, shape: tuple[int, ...], row_bytes: int) -> str | None:

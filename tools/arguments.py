@@ -6,6 +6,7 @@ them together. What a value may be is checked there, once, for Python and the co
 
 import argparse
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -30,6 +31,31 @@ def share_or_count(text: str) -> float | int:
 def token_ids(text: str) -> list[int]:
     """`2,50256` is [2, 50256]."""
     return [int(part) for part in text.split(",")]
+
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
+
+
+def byte_count(text: str) -> int:
+    """7GiB, 7000MB, 7e9: a number of bytes."""
+    match = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*(|[kmg]i?)b?\s*", text.lower())
+    try:
+        if match and (count := int(float(match[1]) * _UNITS[match[2]])) > 0:
+            return count
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"expected bytes such as 7GiB, 7000MB or 7000000000, found {text!r}")
+
+
+def count_from_one(text: str) -> int:
+    if text.isdecimal() and int(text) > 0:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"expected a number from 1 up, found {text!r}")
+
+
+def memory_size(text: str) -> int | str:
+    """A number of bytes, or `auto`."""
+    return text if text == "auto" else byte_count(text)
 
 
 ENGINE_FLAGS: dict[str, dict[str, Any]] = {
@@ -96,6 +122,12 @@ ENGINE_FLAGS: dict[str, dict[str, Any]] = {
         "type": int,
         "metavar": "BYTES",
         "help": "neurons at most so far apart on flash are read together, with what lies between (default: %(default)s)",
+    },
+    "memory": {
+        "type": memory_size,
+        "metavar": "BYTES|auto",
+        "help": "memory for everything, such as 6GiB; inflash plan says how it is spent, and flags that are given are kept. auto: what "
+        "is free, less a reserve (default: what the other flags come to)",
     },
     "seed": {
         "type": int,
@@ -310,70 +342,6 @@ def add_bench_kernels(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seconds", type=float, default=1.0, metavar="S", help="length of each measurement (default: %(default)s)"
     )
-
-
-def token_counts(text: str) -> list[int]:
-    """`128,512` is [128, 512]; counts may be 0."""
-    parts = text.split(",")
-    if not all(part.isascii() and part.isdigit() for part in parts):
-        raise argparse.ArgumentTypeError(
-            f"expected numbers of tokens from 0 up, separated by commas like 128,512; found {text!r}"
-        )
-    return [int(part) for part in parts]
-
-
-def prompt_and_generated(text: str) -> tuple[int, int]:
-    """`512,128` is a prompt of 512 tokens and 128 generated ones."""
-    counts = text.split(",")
-    if len(counts) != 2 or not all(part.isascii() and part.isdigit() and int(part) for part in counts):
-        raise argparse.ArgumentTypeError(
-            f"expected two numbers of tokens from 1 up, of the prompt and generated, like 512,128; found {text!r}"
-        )
-    return int(counts[0]), int(counts[1])
-
-
-def repetitions(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and int(text)):
-        raise argparse.ArgumentTypeError(f"expected a number of repetitions from 1 up, found {text!r}")
-    return int(text)
-
-
-def add_bench_llm(parser: argparse.ArgumentParser) -> None:
-    add_model(parser)
-    parser.add_argument(
-        "-p",
-        "--n-prompt",
-        type=token_counts,
-        action="extend",
-        metavar="N,...",
-        help="measure prompts of so many tokens; 0: none (default: 512)",
-    )
-    parser.add_argument(
-        "-n",
-        "--n-gen",
-        type=token_counts,
-        action="extend",
-        metavar="N,...",
-        help="measure generating so many tokens; 0: none (default: 128)",
-    )
-    parser.add_argument(
-        "-pg",
-        type=prompt_and_generated,
-        action="append",
-        default=[],
-        metavar="PP,TG",
-        help="also measure a prompt of PP tokens and then TG generated ones; may be repeated",
-    )
-    parser.add_argument(
-        "-r",
-        "--repetitions",
-        type=repetitions,
-        default=5,
-        metavar="N",
-        help="measurements of each test, after one that does not count (default: %(default)s)",
-    )
-    add_engine_flags(parser, aliases={"max_num_seqs": ("-b",)})
-    parser.set_defaults(max_num_seqs=1)  # as llama-bench measures
 
 
 def add_demo(parser: argparse.ArgumentParser) -> None:

@@ -1,24 +1,10 @@
 """Flags of the larger benchmarks."""
 
 import argparse
-import re
 from pathlib import Path
 
 from ..pipeline.options import EngineOptions
-from .arguments import add_model
-
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
-
-
-def byte_count(text: str) -> int:
-    """7GiB, 7000MB, 7e9: a number of bytes."""
-    match = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*(|[kmg]i?)b?\s*", text.lower())
-    try:
-        if match and (count := int(float(match[1]) * _UNITS[match[2]])) > 0:
-            return count
-    except ValueError:
-        pass
-    raise argparse.ArgumentTypeError(f"expected bytes such as 7GiB, 7000MB or 7000000000, found {text!r}")
+from .arguments import add_engine_flags, add_model, byte_count, count_from_one
 
 
 def row_names(text: str) -> tuple[str, ...]:
@@ -28,12 +14,6 @@ def row_names(text: str) -> tuple[str, ...]:
     if unknown := [name for name in names if name not in ROWS]:
         raise argparse.ArgumentTypeError(f"expected some of {','.join(ROWS)}, found {unknown[0]!r}")
     return names
-
-
-def count_from_one(text: str) -> int:
-    if text.isdecimal() and int(text) > 0:
-        return int(text)
-    raise argparse.ArgumentTypeError(f"expected a number from 1 up, found {text!r}")
 
 
 def add_ablation(parser: argparse.ArgumentParser) -> None:
@@ -74,3 +54,67 @@ def add_ablation(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw the rows into an image; needs inflash[plot]")
     parser.add_argument("--seed", type=int, default=0, help="of the random tokens (0)")
+
+
+def token_counts(text: str) -> list[int]:
+    """`128,512` is [128, 512]; counts may be 0."""
+    parts = text.split(",")
+    if not all(part.isascii() and part.isdigit() for part in parts):
+        raise argparse.ArgumentTypeError(
+            f"expected numbers of tokens from 0 up, separated by commas like 128,512; found {text!r}"
+        )
+    return [int(part) for part in parts]
+
+
+def prompt_and_generated(text: str) -> tuple[int, int]:
+    """`512,128` is a prompt of 512 tokens and 128 generated ones."""
+    counts = text.split(",")
+    if len(counts) != 2 or not all(part.isascii() and part.isdigit() and int(part) for part in counts):
+        raise argparse.ArgumentTypeError(
+            f"expected two numbers of tokens from 1 up, of the prompt and generated, like 512,128; found {text!r}"
+        )
+    return int(counts[0]), int(counts[1])
+
+
+def repetitions(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and int(text)):
+        raise argparse.ArgumentTypeError(f"expected a number of repetitions from 1 up, found {text!r}")
+    return int(text)
+
+
+def add_bench_llm(parser: argparse.ArgumentParser) -> None:
+    add_model(parser)
+    parser.add_argument(
+        "-p",
+        "--n-prompt",
+        type=token_counts,
+        action="extend",
+        metavar="N,...",
+        help="measure prompts of so many tokens; 0: none (default: 512)",
+    )
+    parser.add_argument(
+        "-n",
+        "--n-gen",
+        type=token_counts,
+        action="extend",
+        metavar="N,...",
+        help="measure generating so many tokens; 0: none (default: 128)",
+    )
+    parser.add_argument(
+        "-pg",
+        type=prompt_and_generated,
+        action="append",
+        default=[],
+        metavar="PP,TG",
+        help="also measure a prompt of PP tokens and then TG generated ones; may be repeated",
+    )
+    parser.add_argument(
+        "-r",
+        "--repetitions",
+        type=repetitions,
+        default=5,
+        metavar="N",
+        help="measurements of each test, after one that does not count (default: %(default)s)",
+    )
+    add_engine_flags(parser, aliases={"max_num_seqs": ("-b",)})
+    parser.set_defaults(max_num_seqs=1)  # as llama-bench measures

@@ -11,8 +11,6 @@ Two things are measured on one file, in turn with fio where that is installed, a
 
 import argparse
 import json
-import mmap
-import os
 import shutil
 import statistics
 import subprocess
@@ -27,8 +25,7 @@ import numpy as np
 from ..errors import InflashError
 from ..storage.layout import bundles_path
 from ..storage.model_config import ModelConfig
-from ..storage.read_plan import SEGMENT, ReadPlan
-from ..storage.read_queue import open_read_queue
+from ..storage.read_rate import read_rate, worthwhile_gap
 from ..storage.shard_index import open_raw_array
 from ..storage.store import Store, StoreWriter, open_store
 from .progress import progress_bar
@@ -38,7 +35,6 @@ SIZES = tuple(4096 << power for power in range(9))  # 4 KiB to 1 MiB
 DEPTHS = (1, 4, 16, 64, 128)
 ROUNDS = 5
 _REQUEST_NEURONS = 256  # misses of a layer that are asked for together
-_PLANNED_READS = 4096
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,10 +53,10 @@ def run(arguments: argparse.Namespace) -> int:
     if not arguments.target.is_dir():
         raise InflashError(f"{arguments.target}: expected a store or a folder, found neither")
     with tempfile.TemporaryDirectory(prefix="inflash-bench-", dir=arguments.target) as folder:
-        return _measure(_scratch_store(Path(folder) / "store", arguments.bundle_bytes, arguments.file_mib), arguments)
+        return _measure(scratch_store(Path(folder) / "store", arguments.bundle_bytes, arguments.file_mib), arguments)
 
 
-def _scratch_store(path: Path, bundle_bytes: int, file_mib: int) -> Store:
+def scratch_store(path: Path, bundle_bytes: int, file_mib: int) -> Store:
     """A store with one layer of random neurons and nothing else."""
     if bundle_bytes < 1024 or bundle_bytes % 1024:
         raise InflashError(f"--bundle-bytes: expected a multiple of 1024, found {bundle_bytes}")
@@ -82,7 +78,7 @@ def _measure(store: Store, arguments: argparse.Namespace) -> int:
     with progress_bar(total=len(sizes) * len(DEPTHS) + ROUNDS, desc="reading", unit=" steps") as bar:
         for size in sizes:
             for depth in DEPTHS:
-                ours = _queue_rate(shard.file, store.bundles.layer_bytes, size, depth, arguments.seconds / 6)
+                ours = read_rate(shard.file, store.bundles.layer_bytes, size, depth, arguments.seconds / 6)
                 fio = _fio(shard.file, store.bundles.layer_bytes, size, depth, arguments.seconds / 6)
                 points.append(Point(size=size, depth=depth, bytes_per_s=ours, fio_bytes_per_s=fio))
                 bar.update()
@@ -98,24 +94,11 @@ def _loader_rates(store: Store, file: Path, arguments: argparse.Namespace, progr
     with _Loaders(store, arguments.loaders, arguments.queue_depth) as loaders:
         for _ in range(ROUNDS):
             samples["loaders"].append(loaders.measure(arguments.seconds / ROUNDS))
-            samples["queue"].append(_queue_rate(file, store.bundles.layer_bytes, size, depth, arguments.seconds / ROUNDS))
+            samples["queue"].append(read_rate(file, store.bundles.layer_bytes, size, depth, arguments.seconds / ROUNDS))
             if (rate := _fio(file, store.bundles.layer_bytes, size, depth, arguments.seconds / ROUNDS)) is not None:
                 samples["fio"].append(rate)
             progress()
     return {name: statistics.median(values) if values else None for name, values in samples.items()}
-
-
-def worthwhile_gap(points: list[Point]) -> int:
-    """Bytes that cost no more to read along than another read costs, from the fastest rates by size; 0 where small reads lose nothing.
-
-    A read takes `start + size / bandwidth` when many are under way; the gap's own time has to stay below `start`.
-    """
-    sizes = sorted({point.size for point in points})
-    seconds = [size / max(point.bytes_per_s for point in points if point.size == size) for size in sizes]
-    if len(sizes) < 2:
-        return 0
-    bandwidth = (sizes[-1] - sizes[0]) / max(seconds[-1] - seconds[0], 1e-12)
-    return max(0, int((seconds[0] - sizes[0] / bandwidth) * bandwidth))
 
 
 def _report(store: Store, arguments: argparse.Namespace, points: list[Point], rates: dict[str, float | None]) -> None:
@@ -141,7 +124,7 @@ def _report(store: Store, arguments: argparse.Namespace, points: list[Point], ra
     ]
     print(f"Bundles of {bundle} bytes, {arguments.loaders} loaders with {arguments.queue_depth} reads each under way:\n")
     print(table(["method", "MB/s", "reads/s", "of the best reference"], lines), end="\n\n")
-    gap = worthwhile_gap(points)
+    gap = worthwhile_gap((point.size, point.bytes_per_s) for point in points)
     print(f"Reading across a gap pays up to about {gap >> 10} KiB here (--merge-gap).")
     loaders = rates["loaders"] or 0.0
     document: dict[str, Any] = {
@@ -204,45 +187,6 @@ class _Loaders:
     def __exit__(self, *_: object) -> None:
         self._pool.close()
         self._slab.close()
-
-
-def _queue_rate(file: Path, file_bytes: int, size: int, depth: int, seconds: float) -> float:
-    """Bytes a second of random reads of one size, so many under way."""
-    descriptor = _open_direct(file)
-    memory = mmap.mmap(-1, depth * size)
-    places = np.random.default_rng().integers(0, file_bytes // size, _PLANNED_READS, np.int64)
-    segments = np.empty(_PLANNED_READS, SEGMENT)
-    segments["address"] = np.frombuffer(memory, np.uint8).ctypes.data + size * (np.arange(_PLANNED_READS) % depth)
-    segments["length"] = size
-    plan = ReadPlan(
-        offsets=places * size,
-        lengths=np.full(_PLANNED_READS, size),
-        first_segments=np.arange(_PLANNED_READS + 1),
-        segments=segments,
-    )
-    queue = open_read_queue(depth, direct=True)
-    try:
-        reads = queue.prepare(descriptor, plan, 0)
-        began, back, at = time.perf_counter(), 0, 0
-        while (elapsed := time.perf_counter() - began) < seconds:
-            at = (at + queue.submit(reads, at)) % _PLANNED_READS
-            tags, results = queue.reap(max(1, min(depth // 4, 16)), 1.0)
-            if (results != size).any():
-                raise InflashError(
-                    f"{file}: a read of {size} bytes came back with {results[results != size][0]}; is the disk sound?"
-                )
-            back += len(tags)
-        return back * size / elapsed
-    finally:
-        queue.close()
-        os.close(descriptor)
-
-
-def _open_direct(file: Path) -> int:
-    try:
-        return os.open(file, os.O_RDONLY | os.O_DIRECT)
-    except OSError as error:
-        raise InflashError(f"{file}: direct I/O is refused here ({error.strerror}); measure on a disk that allows it") from error
 
 
 def _fio(file: Path, file_bytes: int, size: int, depth: int, seconds: float) -> float | None:

@@ -16,7 +16,7 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
@@ -146,6 +146,26 @@ def run(arguments: argparse.Namespace) -> int:
     ]
     _report(arguments, bandwidth, results)
     return 0
+
+
+def kernel_seconds(
+    widths: Sequence[int], batches: Sequence[int], names: Sequence[str], seconds: float
+) -> dict[tuple[str, int, int], tuple[int, float]]:
+    """Bytes of weights, and the seconds of a call, by kernel, d_model and batch, in the form that runs use.
+
+    Args:
+      widths: d_model; d_ff is four times as much, the head has as many rows.
+      batches: numbers of sequences.
+      names: of `_cases`.
+      seconds: length of each measurement.
+    """
+    is_native, cases = native_library.choose(), []
+    for width in widths:
+        weights = _Weights(width, 4 * width, 4 * width)
+        for batch in batches:
+            cases += [(width, replace(case, native=is_native)) for case in _cases(weights, batch) if case.name in names]
+    times = _interleaved([case.prepare(case) for _, case in cases], seconds)
+    return {(case.name, width, case.batch): (case.num_bytes, each) for (width, case), each in zip(cases, times, strict=True)}
 
 
 def _report(arguments: argparse.Namespace, bandwidth: float, results: list[KernelResult]) -> None:

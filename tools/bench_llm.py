@@ -71,19 +71,34 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
       InflashError: there is nothing to measure, the model has fewer positions than a test needs, or the engine refuses.
     """
-    from ..pipeline.engine import Engine
-
     options = flags.engine_options(arguments)
     tests = _tests(arguments)
     store = open_store(arguments.model)
     _check_lengths(tests, store, options)
-    with Engine(store, options) as engine:
+    with _open_engine(store, options, max(test.num_tokens for test in tests)) as engine:
         samples = _Measurement(engine, arguments.repetitions).samples(tests)
         document = _document(store, engine, tests, samples)
     print(_heading(document))
     print(_as_table(document), end="\n\n")
     print(json.dumps(document))
     return 0
+
+
+def _open_engine(store: Store, options: "EngineOptions", longest: int) -> "Engine":
+    """With a memory budget, planned for the longest test."""
+    from ..pipeline.engine import Engine
+    from ..pipeline.planned_engine import PlannedEngine
+
+    if options.memory is None:
+        return Engine(store, options)
+    engine = PlannedEngine(store, options).open_for(options.max_num_seqs, longest)
+    if engine.plan.num_seqs < options.max_num_seqs:
+        engine.close()
+        raise InflashError(
+            f"--memory: there is room for {engine.plan.num_seqs} sequences of {longest} tokens, found -b {options.max_num_seqs}; "
+            "give more, or ask for fewer"
+        )
+    return engine
 
 
 def _tests(arguments: argparse.Namespace) -> list[SpeedTest]:
@@ -151,10 +166,8 @@ class _Measurement:
 
     def _prompts(self, length: int) -> float:
         """Seconds for a prompt of every sequence; as many together as the scheduler would admit."""
-        from ..pipeline.scheduler import PROMPT_TOKENS
-
         elapsed = 0.0
-        together = max(1, PROMPT_TOKENS // max(length, 1))
+        together = max(1, self._engine.plan.prompt_tokens // max(length, 1))
         prompts = list(enumerate(self._random_ids(self._num_seqs, length))) if length else []
         for start in range(0, len(prompts), together):
             admitted = prompts[start : start + together]
@@ -185,16 +198,15 @@ class _Measurement:
 
 def _document(store: Store, engine: "Engine", tests: Sequence[SpeedTest], samples: Sequence[Sequence[float]]) -> dict[str, Any]:
     """What the last line says; docs/cli.md lists the keys."""
-    options, d_ff = engine.options, store.config.d_ff
-    slots = {"sparse": options.cache_slots(d_ff), "resident": d_ff}.get(options.ffn, 0)
+    options = engine.options
     return {
         "model": str(store.path),
         "size_bytes": resident_bytes(store.config, store.dtype) + neuron_bytes(store.config, store.dtype),
         "parameters": _parameters(store),
         "dtype": store.dtype,
         "ffn": options.ffn,
-        "predictor": engine.predictor_name,
-        "cached_share": slots / d_ff,
+        "predictor": engine.plan.predictor,
+        "cached_share": sum(engine.plan.slots) / (store.config.d_ff * store.config.num_layers),
         "max_num_seqs": options.max_num_seqs,
         "memory_bytes": _memory_bytes(engine),
         "results": [

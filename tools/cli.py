@@ -17,6 +17,7 @@ from .. import __version__
 from ..errors import InflashError, RunError
 from . import arguments as flags
 from . import bench_arguments as bench_flags
+from . import plan_arguments as plan_flags
 from . import predictor_arguments as predictor_flags
 
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
@@ -163,6 +164,32 @@ nothing. The store comes with its predictors ("planted", and "planted-ahead" for
   inflash bench ablation ./synth-6.7b --memory-limit 7GiB
 """,
     ),
+    "probe": Command(
+        module="probe",
+        summary="measure this machine and a disk for the planner, in under a minute",
+        add_arguments=plan_flags.add_probe,
+        details="""\
+Measures random reads by size and depth, streaming, memory, and the kernels, and keeps the figures in the user's cache, one file for
+each disk. `--memory` and `inflash plan` use them. A new version, other kernels or another processor need new ones; inflash says so.
+
+  inflash build-kernels
+  inflash probe ./opt-6.7b.inflash
+  inflash probe /mnt/flash -o device.json
+""",
+    ),
+    "plan": Command(
+        module="plan",
+        summary="say how a memory budget would be spent, and what to expect of it",
+        add_arguments=plan_flags.add_plan,
+        details="""\
+Decides what stays in memory and what is streamed or read when it is needed, and predicts what a token takes. `inflash probe` measures the
+machine for it, --calibrate the model: a short pass over text, kept for later.
+
+  inflash plan ./opt-6.7b.inflash --memory 6GiB
+  inflash plan ./opt-6.7b.inflash --memory 6GiB --batch 8 --calibrate
+  inflash plan ./opt-6.7b.inflash --memory 6GiB --plot budgets.png
+""",
+    ),
     "build-kernels": Command(
         module="build_kernels",
         summary="compile the native kernels for this machine, once",
@@ -226,10 +253,22 @@ The rows predictor and window need a copy of the neurons without bundles, which 
   inflash bench ablation ./synth-1.3b --memory-limit 1.9GiB --plot ablation.png
 """,
     ),
+    "plan": Command(
+        module="bench_plan",
+        summary="plans for several budgets, predicted and measured, each in a memory cgroup of that size",
+        add_arguments=plan_flags.add_bench_plan,
+        details="""\
+Probe the machine and calibrate the model first. As root, each run is in a cgroup that may hold the budget and 64 MiB.
+
+  inflash probe ./synth-1.3b
+  inflash plan ./synth-1.3b --memory 2GiB --calibrate
+  sudo --preserve-env=HOME "$(command -v inflash)" bench plan ./synth-1.3b --budgets 40,75 --batch 1
+""",
+    ),
     "llm": Command(
         module="bench_llm",
         summary="tokens a second of a model: prompts and text generation, in the form of llama.cpp's llama-bench",
-        add_arguments=flags.add_bench_llm,
+        add_arguments=bench_flags.add_bench_llm,
         details="""\
 Tokens are random, and nothing is sampled. Each test is one line: pp512 is a prompt of 512 tokens, tg128 is 128 generated ones from an
 empty context, pp512+tg128 is one after the other. -p and -n may be repeated.
@@ -255,7 +294,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_commands(commands, COMMANDS)
     bench = commands.add_parser(
         "bench",
-        help="measure this machine: io, kernels, ablation or llm",
+        help="measure this machine: io, kernels, ablation, plan or llm",
         description="Measures this machine, or a model on it. The last line of the output is one JSON document, see docs/cli.md.",
         allow_abbrev=False,
     )

@@ -147,7 +147,7 @@ def _run_tasks(arguments: argparse.Namespace) -> int:
         results = evaluate_tasks(
             llm, arguments.tasks.split(","), arguments.include_path, limit=arguments.limit, num_fewshot=arguments.num_fewshot
         )
-        used = "dense" if name == "dense" else llm.engine.predictor_name
+        used = "dense" if name == "dense" else llm.engine.plan.predictor
     if arguments.json:
         print(json.dumps({"model": str(arguments.model), "predictor": used, "tasks": results}))
     else:

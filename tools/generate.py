@@ -24,13 +24,16 @@ def run(arguments: argparse.Namespace) -> int:
     with LLM(arguments.model, **asdict(options)) as llm:
         params = SamplingParams.from_defaults(llm.generation_config, seed=arguments.seed, **given)
         outputs: list[RequestOutput] = llm.generate(prompts, params)
-        summary = llm.engine.times.summary()
+        summary = llm.run_summary()
+        notes = llm.planning_notes
     if arguments.json:
         print(json.dumps({"outputs": [_document(output) for output in outputs], "run": summary}))
         return 0
     for output in outputs:
         for completion in output.outputs:
             print(f"{output.prompt}{completion.text}")
+    for note in notes:
+        print(f"inflash: warning: {note}", file=sys.stderr)
     print(cost_table(summary), file=sys.stderr)
     return 0
 

@@ -68,7 +68,7 @@ def _run_job(arguments: argparse.Namespace, batch: BatchFile, job: BatchJob, fin
         except BaseException:
             job.now("failed", **counts).write(arguments.output_file)
             raise
-        summary = llm.engine.times.summary()
+        summary = llm.run_summary()
     job.now("completed", **counts).write(arguments.output_file)
     counts = {"total": len(batch.requests), **counts}
     if arguments.json:

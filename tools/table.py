@@ -1,6 +1,7 @@
 """Plain tables for the terminal, in Markdown's form so that they can be pasted."""
 
 from collections.abc import Sequence
+from typing import Any
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
@@ -23,8 +24,12 @@ def _is_number(cell: str) -> bool:
     return cell.replace(".", "", 1).replace("%", "", 1).replace("-", "", 1).replace(",", "").isdigit()
 
 
-def cost_table(summary: dict[str, float | int]) -> str:
-    """What a run cost, from `StepTimes.summary`."""
+def cost_table(summary: dict[str, Any]) -> str:
+    """What a run cost, from `LLM.run_summary`; a second line is what its plan expected."""
+    lines = []
+    if predicted := summary["predicted"]:
+        times = [f"{predicted[name]:.2f}" for name in ("io_wait_ms", "memory_ms", "compute_ms", "total_ms")]
+        lines = [["expected", "", "", "", *times]]
     return table(
         ["tokens", "tokens/s", "MiB read/token", "cache hits", "I/O wait ms", "memory ms", "compute ms", "total ms/step"],
         [
@@ -37,6 +42,7 @@ def cost_table(summary: dict[str, float | int]) -> str:
                 f"{summary['memory_ms']:.2f}",
                 f"{summary['compute_ms']:.2f}",
                 f"{summary['total_ms']:.2f}",
-            ]
+            ],
+            *lines,
         ],
     )

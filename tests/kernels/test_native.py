@@ -252,7 +252,7 @@ def test_a_compiler_that_fails(tmp_path, monkeypatch):
 
 def test_the_name_depends_on_the_processor(monkeypatch):
     before = native_library.path()
-    monkeypatch.setattr(native_library, "_processor", lambda: ["another"])
+    monkeypatch.setattr(native_library, "processor", lambda: ["another"])
     assert native_library.path() != before and native_library.path().parent == before.parent
 
 

@@ -46,7 +46,7 @@ def test_a_guess_moves_reads_before_their_layer(store: Store, plain: tuple[np.nd
     expected, without = plain
     found, engine = decode(store, prefetch="auto")
     np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE)
-    assert engine.prefetch_name == "planted-ahead" and without.prefetch_name is None
+    assert engine.plan.prefetch == "planted-ahead" and without.plan.prefetch is None
     assert engine.times.prefetched > 0 == without.times.prefetched
     # Layer 0 has nobody before it; of the others' misses few are left.
     assert engine.times.misses < 0.55 * without.times.misses
@@ -112,4 +112,4 @@ def test_a_look_ahead_predictor_has_to_be_there(store: Store) -> None:
 
 def decode_name(store: Store, **options: Any) -> str | None:
     with Engine(store, EngineOptions(loaders=1, **{**PLAIN, **options})) as engine:
-        return engine.prefetch_name
+        return engine.plan.prefetch

@@ -18,7 +18,7 @@ from opt_reference import canonical_tensors, forward
 from tiny_models import BUFFERED, DIRECT, flip_byte, make_store
 
 from inflash.errors import InflashError, RunError
-from inflash.pipeline import feed_forward, host_memory
+from inflash.pipeline import host_memory, plan
 from inflash.pipeline.engine import Engine
 from inflash.pipeline.options import EngineOptions
 from inflash.storage import resident
@@ -67,7 +67,7 @@ def test_prompts_of_every_length(
     store: Store, reference, text: np.ndarray, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Around the sizes of chunks and of the KV cache, with layers streamed in blocks of which the last is shorter."""
-    monkeypatch.setattr(feed_forward, "STREAM_BLOCK_BYTES", 100 * store.bundles.bundle_bytes)
+    monkeypatch.setattr(plan, "BLOCK_BYTES", 100 * store.bundles.bundle_bytes)
     expected = reference(text[:300])
     with open_engine(store, **options) as engine:
         for length in (1, 31, 32, 33, 63, 64, 65, 256, 257, 300):

@@ -14,7 +14,7 @@ from opt_reference import canonical_tensors, forward
 from tiny_models import BUFFERED, fresh_seed, make_store
 
 from inflash import LLM
-from inflash.pipeline import feed_forward
+from inflash.pipeline import plan
 from inflash.pipeline.layerwise import LayerOutput, LayerwisePass
 from inflash.pipeline.predictors import load_layer
 from inflash.storage.checkpoint import open_source
@@ -54,7 +54,7 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 def opened(model: Model) -> Iterator[LayerwisePass]:
     """Blocks of a hundred neurons, of which the last is shorter."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(feed_forward, "STREAM_BLOCK_BYTES", 100 * model.store.bundles.bundle_bytes)
+        patch.setattr(plan, "BLOCK_BYTES", 100 * model.store.bundles.bundle_bytes)
         with LayerwisePass(model.store, model.token_ids.shape[1], loaders=1, queue_depth=2) as opened:
             yield opened
 
@@ -193,7 +193,7 @@ def test_neurons_may_lie_in_any_order(
         for name in (bundles_path(layer), checksums_path(layer), neuron_order_path(layer)):
             array = zarr.open_array(str(path / name), mode="r+")
             array[:] = np.asarray(array[:])[order]
-    monkeypatch.setattr(feed_forward, "STREAM_BLOCK_BYTES", 100 * model.store.bundles.bundle_bytes)
+    monkeypatch.setattr(plan, "BLOCK_BYTES", 100 * model.store.bundles.bundle_bytes)
     with LayerwisePass(open_store(path), model.token_ids.shape[1], loaders=1, queue_depth=2) as reordered:
         outputs = run_all(reordered, model.token_ids)
         for layer, (output, before, order) in enumerate(zip(outputs, dense, orders, strict=True)):

@@ -120,6 +120,12 @@ class FrequencyMachine(RuleBasedStateMachine):
         for _ in range(tokens):
             self.cache.begin_token()
 
+    @rule(share=st.floats(0, 1))
+    def resize(self, share: float) -> None:
+        self.num_slots = max(1, round(share * self.num_neurons))
+        self.cache.resize(self.num_slots)
+        self.slot_of = {neuron: slot for neuron, slot in self.slot_of.items() if slot < self.num_slots}
+
     @rule(data=st.data())
     def place(self, data: st.DataObject) -> None:
         neuron_ids = sorted(data.draw(st.sets(st.integers(0, self.num_neurons - 1), max_size=self.num_slots)))

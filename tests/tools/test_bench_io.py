@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from inflash.tools import bench_io
-from inflash.tools.bench_io import DEPTHS, Point, worthwhile_gap
+from inflash.tools.bench_io import DEPTHS
 from inflash.tools.cli import main
 
 
@@ -38,19 +38,6 @@ def test_a_folder_is_measured_and_left_as_it_was(
     assert document["fio_bytes_per_s"] is None and document["bundle_bytes"] == 4096
     assert "| inflash loaders |" in out and "fio libaio" not in out and "(fio)" not in out
     assert list(disk.iterdir()) == []
-
-
-@pytest.mark.parametrize("start_bytes", [0, 8192, 100_000])
-def test_a_gap_pays_while_it_takes_less_time_than_a_read_takes_to_start(start_bytes: int) -> None:
-    points = [
-        Point(
-            size=size, depth=depth, bytes_per_s=size / (size + start_bytes) * 2e9 / (3 if depth == 1 else 1), fio_bytes_per_s=None
-        )
-        for size in (4096, 65536, 1 << 20)
-        for depth in (1, 64)
-    ]
-    assert worthwhile_gap(points) == pytest.approx(start_bytes, abs=2)
-    assert worthwhile_gap(points[:2]) == 0
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,9 @@ import pytest
 from tiny_models import BUFFERED, make_store
 
 from inflash.pipeline import engine as engine_module
+from inflash.pipeline import host_memory
 from inflash.pipeline.engine import Engine
+from inflash.pipeline.plan import plan_from_options
 from inflash.storage.store import Store
 from inflash.tools import arguments as flags
 from inflash.tools import cli
@@ -36,7 +38,7 @@ class RecordingEngine:
     made: ClassVar[list["RecordingEngine"]] = []
 
     def __init__(self, store: Store, options: Any) -> None:
-        self.store, self.config, self.options, self.predictor_name = store, store.config, options, None
+        self.store, self.config, self.options, self.plan = store, store.config, options, plan_from_options(store, options)
         self.prepared: list[tuple[int, int]] = []
         self.prompts: list[list[tuple[int, np.ndarray]]] = []
         self.steps: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
@@ -104,7 +106,7 @@ def test_a_real_run_prints_the_table_and_the_document(store: Store, capsys: pyte
     assert document["model"] == str(store.path)
     assert (document["ffn"], document["predictor"], document["max_num_seqs"]) == ("sparse", "exact", 2)
     assert document["cached_share"] == 0.25
-    assert document["memory_bytes"] > 420 << 20
+    assert document["memory_bytes"] > host_memory.ENGINE_BYTES
     for row, result in zip(rows, document["results"], strict=True):
         assert result.keys() == RESULT_KEYS
         tokens = 2 * (result["prompt_tokens"] + result["generated_tokens"])
@@ -129,8 +131,8 @@ def test_size_and_parameters_are_those_of_the_checkpoint(store: Store, recorded,
 def test_memory_counts_everything_once(store: Store, recorded, capsys: pytest.CaptureFixture[str]) -> None:
     recorded(store, "-p", "8", "-n", "0", "--loaders", "3")
     lines, document = printed(capsys)
-    assert document["memory_bytes"] == (5 + 3 + 420 + 3 * 40) << 20
-    assert "548.00 MiB" in lines[2]
+    assert document["memory_bytes"] == (8 << 20) + host_memory.ENGINE_BYTES + 3 * host_memory.LOADER_BYTES
+    assert f"{document['memory_bytes'] / 2**20:.2f} MiB" in lines[2]
 
 
 def test_speed_is_tokens_of_all_sequences_over_the_engine_s_time(

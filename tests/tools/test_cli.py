@@ -242,6 +242,7 @@ def test_every_engine_flag_reaches_its_option(words: list[str]) -> None:
         loaders=5,
         queue_depth=6,
         merge_gap=512,
+        memory=1 << 30,
         seed=7,
         verify=True,
     )

@@ -1,0 +1,267 @@
+"""What a decoding step will take: a step of a plan gone through on paper, with the figures of a device.
+
+Time goes on with what the engine does one after the other (attention, predictor, placing, neurons); beside it the disk serves what the
+loaders were asked for, in order. Where the engine has nothing left to compute it waits. So how much of the reading hides behind computing
+comes out of the going-through, and is no figure of its own. Reference: arXiv:2312.11514, 2.3.
+"""
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from ..storage.store import Store
+from .device import Device
+from .feed_forward import STREAM_BUFFERS, block_rows
+from .hit_curves import HitCurves, LayerCurve
+from .options import EngineOptions
+from .plan import CACHED, STREAMED, Plan
+from .predictors import predictor_bytes
+from .weights import compute_dtype
+
+_STEPS = 3  # gone through; the last one is steady
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepCost:
+    """Milliseconds of a step in the paper's parts, under the names of `StepTimes.summary`, and what is read for it."""
+
+    io_wait_ms: float
+    memory_ms: float
+    compute_ms: float
+    total_ms: float
+    reads: float
+    read_bytes: float
+
+    def to_json(self) -> dict[str, float]:
+        return {name: value for name, value in asdict(self).items() if name.endswith("_ms")}
+
+
+class _Disk:
+    """Serves requests in order.
+
+    Attributes:
+      free_s: when it has served all it was asked for.
+      busy_s: time that it has been reading.
+    """
+
+    def __init__(self) -> None:
+        self.free_s = self.busy_s = 0.0
+
+    def ask(self, now_s: float, seconds: float) -> float:
+        """When the request will be done."""
+        self.free_s = max(self.free_s, now_s) + seconds
+        self.busy_s += seconds
+        return self.free_s
+
+
+class _Stream:
+    """`BlockStream` on paper: items of known length in a cycle, some buffers ahead."""
+
+    def __init__(self, disk: _Disk, seconds: Sequence[float], num_buffers: int) -> None:
+        self._disk, self._seconds, self._next = disk, seconds, 0
+        self._ahead: deque[float] = deque()
+        for _ in range(num_buffers):
+            self.ask(0.0)
+
+    def ask(self, now_s: float) -> None:
+        """A buffer is free for the next item."""
+        self._ahead.append(self._disk.ask(now_s, self._seconds[self._next]))
+        self._next = (self._next + 1) % len(self._seconds)
+
+    def take(self) -> float:
+        """When the next item is there."""
+        return self._ahead.popleft()
+
+
+class CostModel:
+    """Predicts steps of one model on one device."""
+
+    def __init__(self, store: Store, options: EngineOptions, device: Device, curves: HitCurves) -> None:
+        self.store, self.device, self.curves = store, device, curves
+        self._compute = compute_dtype(options.compute_dtype, store.dtype)
+        self._overlap = options.overlap
+
+    def predict(self, plan: Plan, num_seqs: int, positions: int) -> StepCost:
+        """A step of `num_seqs` sequences that look back on `positions` each, after the caches have filled."""
+        layers = self.curves.of(num_seqs)
+        slowdown = 1.0
+        cost, busy_s, processor_s = self._walk(plan, layers, num_seqs, positions, slowdown)
+        for _ in range(2):  # loaders and kernels share the processors while both have work
+            hidden = 1 - min(1.0, cost.io_wait_ms / 1e3 / busy_s) if busy_s else 0.0
+            slowdown = 1 + hidden * processor_s / self.device.cores / max(cost.compute_ms / 1e3 / slowdown, 1e-9)
+            cost, busy_s, processor_s = self._walk(plan, layers, num_seqs, positions, slowdown)
+        return cost
+
+    def _walk(
+        self, plan: Plan, layers: Sequence[LayerCurve], num_seqs: int, positions: int, slowdown: float
+    ) -> tuple[StepCost, float, float]:
+        """A step, the time that the disk was busy for it, and the loaders' processor time."""
+        walk = _Walk(self, plan, layers, num_seqs, positions, slowdown)
+        before = walk.totals()
+        for _ in range(_STEPS):
+            before = walk.totals()
+            walk.step()
+        now, wait, memory, compute, busy, processor, reads, num_bytes = (
+            new - old for new, old in zip(walk.totals(), before, strict=True)
+        )
+        cost = StepCost(
+            io_wait_ms=1e3 * wait,
+            memory_ms=1e3 * memory,
+            compute_ms=1e3 * compute,
+            total_ms=1e3 * now,
+            reads=reads,
+            read_bytes=num_bytes,
+        )
+        return cost, busy, processor
+
+    def predictor_layer_bytes(self, name: str, layer: int) -> int:
+        return predictor_bytes(self.store, name, self._compute, [layer])
+
+    @property
+    def item_bytes(self) -> int:
+        """Of a weight in memory."""
+        return self._compute.itemsize
+
+
+class _Walk:
+    """The state of going through steps."""
+
+    def __init__(
+        self, model: CostModel, plan: Plan, layers: Sequence[LayerCurve], num_seqs: int, positions: int, slowdown: float
+    ) -> None:
+        self._model, self._plan, self._curves, self._num_seqs = model, plan, layers, num_seqs
+        self._device, self._slowdown = model.device, slowdown
+        config, bundles = model.store.config, model.store.bundles
+        self._bundle_bytes, self._d_ff, self._num_layers = bundles.bundle_bytes, config.d_ff, config.num_layers
+        matrices = 4 * config.d_model**2
+        self._attention_s = self._kernel("attention", matrices * model.item_bytes + num_seqs * positions * 8 * config.d_model)
+        self._head_s = self._kernel("head", config.vocab_size * config.embed_dim * model.item_bytes)
+        self._rows = block_rows(model.store, plan.block_bytes)
+        self.now = self.wait = self.memory = self.compute = self.processor = self.reads = self.num_bytes = 0.0
+        self._disk, self._arriving = _Disk(), dict[int, float]()
+        layer_bytes, head_bytes = 2 * bundles.row_bytes * 2 * config.d_model, config.vocab_size * config.embed_dim * 2
+        self._matrix_bytes = [layer_bytes] * sum(plan.streamed_attention)
+        if plan.streamed_head:
+            block = 3 * layer_bytes // 4
+            self._matrix_bytes += [min(block, head_bytes - start) for start in range(0, head_bytes, block)]
+        self._head_blocks = len(self._matrix_bytes) - sum(plan.streamed_attention)
+        self._matrices = self._stream(self._matrix_bytes, 2)
+        streamed = len(plan.layers(STREAMED))
+        self._block_bytes = [
+            min(self._rows, self._d_ff - first) * self._bundle_bytes for first in range(0, self._d_ff, self._rows)
+        ]
+        self._blocks = self._stream(self._block_bytes * streamed, STREAM_BUFFERS)
+
+    def _stream(self, sizes: Sequence[int], num_buffers: int) -> _Stream | None:
+        if not sizes:
+            return None
+        device = self._device
+        return _Stream(self._disk, [device.request_s / 4 + size / device.stream_bytes_per_s for size in sizes], num_buffers)
+
+    def totals(self) -> tuple[float, ...]:
+        return (
+            self.now, self.wait, self.memory, self.compute, self._disk.busy_s, self.processor, self.reads, self.num_bytes,
+        )  # fmt: skip
+
+    def _kernel(self, name: str, num_bytes: float) -> float:
+        return self._slowdown * self._device.kernel_s(name, self._num_seqs, num_bytes)
+
+    def _compute(self, seconds: float) -> None:
+        self.now += seconds
+        self.compute += seconds
+
+    def _wait_until(self, then: float) -> None:
+        if then > self.now:
+            self.wait += then - self.now
+            self.now = then
+
+    def step(self) -> None:
+        for layer in range(self._num_layers):
+            self._attend(layer)
+            self._predict(layer)
+            if self._plan.ffn[layer] == CACHED:
+                self._add_cached(layer)
+            else:
+                self._guess(layer + 1)
+                self._add_all(layer)
+        if self._plan.streamed_head and self._matrices is not None:
+            sizes = self._matrix_bytes[-self._head_blocks :]
+            for size in sizes:
+                self._take(self._matrices, size, self._head_s * size / sum(sizes))
+        else:
+            self._compute(self._head_s)
+
+    def _take(self, stream: _Stream, size: int, seconds: float) -> None:
+        """An item of a stream, computed with for so long."""
+        self._wait_until(stream.take())
+        self._compute(seconds)
+        stream.ask(self.now)
+        self._count(size / (1 << 20), size, size * self._device.stream_cpu_s)
+
+    def _count(self, reads: float, num_bytes: float, processor_s: float) -> None:
+        self.reads += reads
+        self.num_bytes += num_bytes
+        self.processor += processor_s
+
+    def _attend(self, layer: int) -> None:
+        if self._plan.streamed_attention[layer] and self._matrices is not None:
+            self._take(self._matrices, self._matrix_bytes[0], self._attention_s)
+        else:
+            self._compute(self._attention_s)
+
+    def _predict(self, layer: int) -> None:
+        """Both predictors are one call where both are needed."""
+        names = [(self._plan.predictor, layer)] if self._plan.ffn[layer] == CACHED else []
+        if self._plan.prefetch and layer + 1 < self._num_layers and self._plan.ffn[layer + 1] == CACHED:
+            names.append((self._plan.prefetch, layer + 1))
+        sizes = [self._model.predictor_layer_bytes(name, at) for name, at in names if name]
+        if sizes:
+            self._compute(self._kernel(("predictor", "two predictors")[len(sizes) - 1], sum(sizes)))
+
+    def _ask(self, neurons: float) -> float:
+        device = self._device
+        self._count(neurons, neurons * self._bundle_bytes, neurons * device.read_cpu_s)
+        return self._disk.ask(self.now, device.read_s(neurons, self._bundle_bytes, self._plan.queue_depth * self._plan.loaders))
+
+    def _place(self, neurons: float, missing: float) -> None:
+        """Fewer than one missing neuron a step is a request in so many steps."""
+        device = self._device
+        seconds = self._slowdown * (device.placing.seconds(neurons) + min(missing, 1.0) * device.ask_s)
+        self.now += seconds
+        self.memory += seconds
+
+    def _guess(self, layer: int) -> None:
+        if self._plan.prefetch and layer < self._num_layers and self._plan.ffn[layer] == CACHED:
+            curve = self._curves[layer]
+            missing = curve.at("ahead", self._plan.slots[layer])
+            self._place(curve.guessed, missing)
+            self._arriving[layer] = self._ask(missing)
+
+    def _add_cached(self, layer: int) -> None:
+        curve, slots = self._curves[layer], self._plan.slots[layer]
+        guessed = self._arriving.pop(layer, None)
+        missing = curve.at("misses" if guessed is None else "late", slots)
+        self._place(curve.named, missing)
+        there = self._ask(missing)
+        self._guess(layer + 1)
+        late = missing
+        if guessed is not None and guessed > self.now:
+            late += curve.at("ahead", slots)
+            there = max(there, guessed)
+        self._gather(curve.named - late)
+        if late > 0:
+            self._wait_until(there) if late >= 1 else self._wait_until(self.now + late * max(there - self.now, 0))
+            self._gather(late)
+
+    def _gather(self, neurons: float) -> None:
+        """Fewer than one neuron a step are a call in so many steps."""
+        if neurons > 0:
+            kernel = self._kernel("gather", max(neurons, 1) * self._bundle_bytes)
+            self._compute(min(neurons, 1.0) * kernel)
+
+    def _add_all(self, layer: int) -> None:
+        if self._plan.ffn[layer] == STREAMED and self._blocks is not None:
+            for size in self._block_bytes:
+                self._take(self._blocks, size, self._kernel("block", size))
+        else:
+            self._compute(self._kernel("block", self._d_ff * self._bundle_bytes))

@@ -1,0 +1,229 @@
+"""What a machine and its disk can do, in the few figures that the cost model needs, and where they are kept.
+
+`inflash probe` measures them. They are for one machine, one file system and one version: `find_device` says when they no longer fit.
+Reference: arXiv:2312.11514, 2.3 and 4.
+"""
+
+import hashlib
+import json
+import math
+import os
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from .. import __version__
+from ..errors import InflashError
+from ..storage.read_rate import worthwhile_gap
+from . import native_library
+
+KERNELS = ("attention", "head", "predictor", "two predictors", "gather", "block")
+"""What a step calls: a layer's attention, the output head, predictors, predicted neurons by slot, and neurons in order."""
+
+_PROBE_AGAIN = "run inflash probe again"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rate:
+    """A call takes `fixed_s` and `bytes_per_s` of what it reads."""
+
+    fixed_s: float
+    bytes_per_s: float
+
+    def seconds(self, num_bytes: float) -> float:
+        return self.fixed_s + num_bytes / self.bytes_per_s
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReadPoint:
+    """Random direct reads of `size` bytes with `depth` of them under way."""
+
+    size: int
+    depth: int
+    bytes_per_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Device:
+    """Figures of one machine and disk.
+
+    Attributes:
+      machine: what they were measured on, see `machine_of`; empty where they are assumed.
+      cores: processors that this process may use.
+      read_curve: the disk's.
+      stream_bytes_per_s: of a file read in order by a loader.
+      dram_bytes_per_s: by number of threads that read.
+      kernels: for each of KERNELS its rate by number of sequences.
+      placing: of the neuron cache: `fixed_s` a call, and "bytes" are neurons.
+      ask_s: of the engine's time for a request to loaders, and for giving out its slots.
+      request_s: from asking a loader for one neuron until it is there, beyond the read itself.
+      loader_share: of the disk's own rate of random reads that a loader reaches.
+      read_cpu_s, stream_cpu_s: processor time of a loader for a random read, and for a byte that is streamed.
+    """
+
+    machine: Mapping[str, str]
+    cores: int
+    read_curve: tuple[ReadPoint, ...]
+    stream_bytes_per_s: float
+    dram_bytes_per_s: Mapping[int, float]
+    kernels: Mapping[str, Mapping[int, Rate]]
+    placing: Rate
+    ask_s: float
+    request_s: float
+    loader_share: float
+    read_cpu_s: float
+    stream_cpu_s: float
+
+    def kernel_s(self, name: str, num_seqs: int, num_bytes: float) -> float:
+        """Seconds of a call for so many sequences: between those that were measured, and beyond, along a line."""
+        rates = self.kernels[name]
+        batches = sorted(rates)
+        low = max((batch for batch in batches if batch <= num_seqs), default=batches[0])
+        high = min((batch for batch in batches if batch > low), default=low)
+        first, second = rates[low].seconds(num_bytes), rates[high].seconds(num_bytes)
+        if high == low:
+            return first * max(1.0, num_seqs / low) if num_seqs > low else first
+        return first + (second - first) * (num_seqs - low) / (high - low)
+
+    def read_s(self, reads: float, size: int, depth: int) -> float:
+        """Seconds until so many random reads are back that a loader was asked for at once."""
+        if reads <= 0:
+            return 0.0
+        under_way = max(1.0, min(reads, depth))
+        in_flight = reads * size / (self.loader_share * self.rate_at(size, under_way))
+        return self.request_s + max(size / self.rate_at(size, 1), in_flight)
+
+    def rate_at(self, size: float, depth: float) -> float:
+        """Bytes a second from the curve, between its points in logarithms; flat beyond them."""
+        sizes = sorted({point.size for point in self.read_curve})
+        depths = sorted({point.depth for point in self.read_curve})
+        rates = {(point.size, point.depth): point.bytes_per_s for point in self.read_curve}
+        (s0, s1, s), (d0, d1, d) = _between(sizes, size), _between(depths, depth)
+        corners = [[math.log(rates[a, b]) for b in (d0, d1)] for a in (s0, s1)]
+        rows = [row[0] + (row[1] - row[0]) * d for row in corners]
+        return math.exp(rows[0] + (rows[1] - rows[0]) * s)
+
+    def best_depth(self, size: int) -> int:
+        """The fewest reads under way that get 97 % of the best rate."""
+        depths = sorted({point.depth for point in self.read_curve})
+        best = max(self.rate_at(size, depth) for depth in depths)
+        return next(depth for depth in depths if self.rate_at(size, depth) >= 0.97 * best)
+
+    def worthwhile_gap(self) -> int:
+        """Bytes that cost no more to read along than another read costs."""
+        return worthwhile_gap((point.size, point.bytes_per_s) for point in self.read_curve)
+
+    def with_disk(self, random: float, stream: float) -> "Device":
+        """The same machine while its disk serves random reads, and reads in order, so many times as fast."""
+        curve = tuple(replace(point, bytes_per_s=random * point.bytes_per_s) for point in self.read_curve)
+        return replace(self, read_curve=curve, stream_bytes_per_s=stream * self.stream_bytes_per_s)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"machine": dict(self.machine)} | {key: value for key, value in asdict(self).items() if key != "machine"}
+
+    @classmethod
+    def from_json(cls, document: dict[str, Any]) -> "Device":
+        fields = dict(document)
+        fields["read_curve"] = tuple(ReadPoint(**point) for point in fields["read_curve"])
+        fields["dram_bytes_per_s"] = {int(threads): rate for threads, rate in fields["dram_bytes_per_s"].items()}
+        fields["kernels"] = {
+            name: {int(batch): Rate(**rate) for batch, rate in rates.items()} for name, rates in fields["kernels"].items()
+        }
+        return cls(**{**fields, "placing": Rate(**fields["placing"])})
+
+
+def _between(values: list[int], wanted: float) -> tuple[int, int, float]:
+    """The neighbours of `wanted` among ascending values, and how far it is from the first to the second, in logarithms."""
+    low = max((value for value in values if value <= wanted), default=values[0])
+    high = min((value for value in values if value > low), default=low)
+    if high == low or wanted <= low:
+        return low, high, 0.0
+    return low, high, math.log(min(wanted, high) / low) / math.log(high / low)
+
+
+def assumed_device() -> Device:
+    """Figures like those of a two-core virtual machine with a virtio disk, for where nothing was measured."""
+    curve = {(4 << 10, 1): 40e6, (4 << 10, 128): 250e6, (16 << 10, 1): 130e6, (16 << 10, 128): 700e6}
+    curve |= {(128 << 10, 1): 500e6, (128 << 10, 128): 1500e6, (1 << 20, 1): 900e6, (1 << 20, 128): 1500e6}
+    rates = {"attention": 23e9, "head": 26e9, "predictor": 20e9, "two predictors": 20e9, "gather": 14e9, "block": 15e9}
+    return Device(
+        machine={},
+        cores=os.cpu_count() or 1,
+        read_curve=tuple(ReadPoint(size=size, depth=depth, bytes_per_s=rate) for (size, depth), rate in curve.items()),
+        stream_bytes_per_s=1.3e9,
+        dram_bytes_per_s={1: 20e9, 2: 27e9},
+        kernels={
+            name: {batch: Rate(fixed_s=2e-4, bytes_per_s=rate / (1 if batch == 1 else 1.6)) for batch in (1, 8)}
+            for name, rate in rates.items()
+        },
+        placing=Rate(fixed_s=1.2e-4, bytes_per_s=1e7),
+        ask_s=2e-4,
+        request_s=1e-4,
+        loader_share=0.95,
+        read_cpu_s=9e-6,
+        stream_cpu_s=1.5e-10,
+    )
+
+
+def machine_of(folder: Path) -> dict[str, str]:
+    """What figures of a folder's disk depend on, by name."""
+    mount = _mount_of(folder)
+    return {
+        "inflash": __version__,
+        "jaxlib": metadata.version("jaxlib"),
+        "processor": hashlib.sha256("\0".join(native_library.processor()).encode()).hexdigest()[:16],
+        "kernels": "native" if native_library.choose() else "xla",
+        "system": f"{platform.system()} {platform.machine()}",
+        "disk": mount,
+    }
+
+
+def _mount_of(folder: Path) -> str:
+    """The file system that holds a folder: its device's number, type and source."""
+    device = os.stat(folder).st_dev
+    number = f"{os.major(device)}:{os.minor(device)}"
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        fields = line.split()
+        if fields[2] == number:
+            kind, source = fields[fields.index("-") + 1 :][:2]
+            return f"{number} {kind} {source}"
+    return number
+
+
+def device_path(folder: Path) -> Path:
+    """Where the figures of a folder's disk are kept."""
+    digest = hashlib.sha256(_mount_of(folder).encode()).hexdigest()[:16]
+    return native_library.cache_folder() / "inflash" / f"device-{digest}.json"
+
+
+def read_device(file: Path) -> Device:
+    """A file of `inflash probe`.
+
+    Raises:
+      InflashError: it cannot be read, or is no such file.
+    """
+    try:
+        return Device.from_json(json.loads(file.read_bytes()))
+    except OSError as error:
+        raise InflashError(f"{file}: cannot be read: {error.strerror}; {_PROBE_AGAIN}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InflashError(f"{file}: expected a file of inflash probe, found other content ({error}); {_PROBE_AGAIN}") from error
+
+
+def find_device(folder: Path) -> tuple[Device, str]:
+    """The figures for a folder's disk, or assumed ones, and a sentence on them: "" where they were measured here and still fit."""
+    file = device_path(folder)
+    if not file.exists():
+        return assumed_device(), f"nothing was measured here, so rates are assumed: run inflash probe {folder}"
+    try:
+        device = read_device(file)
+    except InflashError as error:
+        return assumed_device(), f"rates are assumed: {error}"
+    now = machine_of(folder)
+    if changed := [name for name in now if device.machine.get(name) != now[name]]:
+        listed = ", ".join(f"{name} (was {device.machine.get(name)}, is {now[name]})" for name in changed)
+        return device, f"rates were measured with something else: {listed}; run inflash probe {folder}"
+    return device, ""

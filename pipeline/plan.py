@@ -1,0 +1,105 @@
+"""How a memory budget is spent: what stays in memory, what is streamed, and through how much room.
+
+Every way to run a model is a point of one space, which a `Plan` describes. A user's flags name a point directly (`plan_from_options`); with
+a memory budget `planner` looks for the fastest one that fits.
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ..storage.store import Store
+from .options import EngineOptions
+from .predictors import choose_predictor, choose_prefetch
+
+CACHED, STREAMED, RESIDENT = "cached", "streamed", "resident"
+"""A layer's neurons while decoding: the predicted ones through a cache; all of them streamed; all of them in memory."""
+
+BLOCK_BYTES = 8 << 20  # at 2 GB/s the disk takes 4 ms for it: a thousand times the cost of asking
+PROMPT_TOKENS = 4096  # of prompts that pass through the layers together; more would only hold more activations
+
+_MATRICES = frozenset({"qkv", "attention_out"})
+_HEAD = frozenset({"tokens", "head"})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """One way to run a model.
+
+    Attributes:
+      ffn: for each layer one of CACHED, STREAMED and RESIDENT.
+      slots: neurons of each layer that memory has room for; 0 where they are streamed.
+      streamed_attention: for each layer whether its attention is streamed for every token.
+      streamed_head: whether the output head is, and with it the token embeddings.
+      predictor: who names neurons; None where no layer is CACHED.
+      prefetch: the look-ahead predictor; None: nothing is read before its layer.
+      loaders, queue_depth, merge_gap: see `EngineOptions`.
+      block_bytes: of a block of neurons that is streamed.
+      prompt_tokens: tokens of prompts that pass through the layers together; a longer prompt passes alone.
+      num_seqs, max_length: room for the KV cache; 0 where `Engine.prepare` decides.
+    """
+
+    ffn: tuple[str, ...]
+    slots: tuple[int, ...]
+    streamed_attention: tuple[bool, ...]
+    streamed_head: bool
+    predictor: str | None
+    prefetch: str | None
+    loaders: int
+    queue_depth: int
+    merge_gap: int
+    block_bytes: int = BLOCK_BYTES
+    prompt_tokens: int = PROMPT_TOKENS
+    num_seqs: int = 0
+    max_length: int = 0
+
+    def streamed_names(self, layer: int | None) -> frozenset[str]:
+        """Tensors of a layer (None: the embeddings) that are streamed rather than loaded."""
+        if layer is None:
+            return _HEAD if self.streamed_head else frozenset()
+        return _MATRICES if self.streamed_attention[layer] else frozenset()
+
+    def layers(self, way: str) -> list[int]:
+        """The layers whose neurons go one way."""
+        return [layer for layer, found in enumerate(self.ffn) if found == way]
+
+    @property
+    def streams_matrices(self) -> bool:
+        return self.streamed_head or any(self.streamed_attention)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, document: dict[str, Any]) -> "Plan":
+        fields: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in document.items()}
+        return cls(**fields)
+
+
+def guessed_layers(plan: Plan) -> list[int]:
+    """The layers whose neurons the look-ahead predictor guesses: all that are cached and have one before them."""
+    return [layer for layer in plan.layers(CACHED) if layer]
+
+
+def plan_from_options(store: Store, options: EngineOptions) -> Plan:
+    """The plan that a user's flags name.
+
+    Raises:
+      InflashError: the store has no such predictor.
+    """
+    num_layers, d_ff = store.config.num_layers, store.config.d_ff
+    way = {"sparse": CACHED, "resident": RESIDENT}.get(options.ffn, STREAMED)
+    slots = {CACHED: options.cache_slots(d_ff), RESIDENT: d_ff, STREAMED: 0}[way]
+    predictor = choose_predictor(store, options.predictor) if way == CACHED else None
+    return Plan(
+        ffn=(way,) * num_layers,
+        slots=(slots,) * num_layers,
+        streamed_attention=(options.ffn == "naive",) * num_layers,
+        streamed_head=options.ffn == "naive",
+        predictor=predictor,
+        prefetch=choose_prefetch(store, options.prefetch, predictor),
+        loaders=options.loaders,
+        queue_depth=options.queue_depth,
+        merge_gap=options.merge_gap,
+        block_bytes=BLOCK_BYTES,
+        prompt_tokens=min(PROMPT_TOKENS, options.max_num_seqs * (options.max_model_len or store.config.max_positions)),
+    )

@@ -1,0 +1,156 @@
+"""Plans without running them: they keep to the budget, more memory is never slower, and the least is the least."""
+
+import json
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from inflash.errors import InflashError
+from inflash.pipeline.cost import CostModel
+from inflash.pipeline.device import Device, assumed_device
+from inflash.pipeline.hit_curves import HitCurves, assumed_curves, count_misses
+from inflash.pipeline.memory_parts import total_bytes
+from inflash.pipeline.options import EngineOptions
+from inflash.pipeline.plan import CACHED, STREAMED, plan_from_options
+from inflash.pipeline.planner import Planner
+from inflash.storage.model_config import ModelConfig
+from inflash.storage.predictor_layout import PredictorInfo
+from inflash.storage.store import Store
+
+LAYERS, D_FF = 4, 4096
+
+
+@cache
+def store() -> Store:
+    """Half a gigabyte that exists on paper only."""
+    config = ModelConfig(
+        family="opt", vocab_size=5000, d_model=1024, d_ff=D_FF, num_layers=LAYERS, num_heads=8, max_positions=2048, embed_dim=1024
+    )
+    info = PredictorInfo(kind="low_rank", method="svd", ranks=(64,) * LAYERS, dtype="bfloat16")
+    predictors = {"svd": info, "svd-ahead": replace(info, ahead=1)}
+    return Store(path=Path("nowhere"), config=config, dtype="bfloat16", source="", predictors=predictors)
+
+
+@cache
+def curves() -> HitCurves:
+    """Layers that differ: some name many neurons, some few."""
+    rng, layers = np.random.default_rng(3), []
+    for layer in range(LAYERS):
+        often = rng.permutation(np.exp(1.5 * rng.standard_normal(D_FF)))
+        often = np.minimum(often * (0.02 + 0.05 * layer) / often.mean(), 1)
+        named = rng.random((96, D_FF)) < often
+        guessed = named & (rng.random(named.shape) < 0.95) | (rng.random(named.shape) < 0.002)
+        layers.append((np.packbits(named, axis=1), np.packbits(guessed, axis=1)))
+    batches = {b: tuple(count_misses(named, guessed, D_FF, b) for named, guessed in layers) for b in (1, 8)}
+    return HitCurves(source="made up", predictor="svd", prefetch="svd-ahead", batches=batches)
+
+
+def planner(**options: Any) -> Planner:
+    return Planner(store(), EngineOptions(**options), assumed_device(), curves())
+
+
+@settings(max_examples=8)
+@given(share=st.floats(0, 1.2), more=st.floats(0, 0.5), batch=st.sampled_from([1, 3, 8]), length=st.integers(1, 600))
+def test_within_the_budget_and_never_slower_with_more(share: float, more: float, batch: int, length: int) -> None:
+    plans = planner()
+    least = plans.least_bytes(batch, length)
+    room = plans.most_bytes(batch, length) - least
+    found = [plans.plan(least + int(room * part), batch, length) for part in (share, share + more)]
+    for one in found:
+        assert total_bytes(store(), plans.options, one.plan) == one.used_bytes <= one.memory_bytes
+        assert one.least_bytes == least
+        parts = one.predicted
+        assert parts.io_wait_ms + parts.memory_ms + parts.compute_ms == pytest.approx(parts.total_ms)
+    assert found[1].predicted.total_ms <= found[0].predicted.total_ms * 1.001
+
+
+@settings(max_examples=5)
+@given(batch=st.integers(1, 8), length=st.integers(1, 600))
+def test_the_least_is_accepted_and_one_byte_less_refused(batch: int, length: int) -> None:
+    plans = planner()
+    least = plans.least_bytes(batch, length)
+    assert plans.plan(least, batch, length).used_bytes == least
+    with pytest.raises(InflashError, match=rf"{batch} x {length} tokens need at least {-(-least // 2**20)} MiB"):
+        plans.plan(least - 1, batch, length)
+
+
+def test_what_is_given_is_kept() -> None:
+    memory = planner().most_bytes(1, 64)
+    plan = planner(cache_neurons=0.5, merge_gap=12288, queue_depth=7, prefetch="none").plan(memory, 1, 64).plan
+    assert plan.ffn == (CACHED,) * LAYERS and plan.slots == (D_FF // 2,) * LAYERS
+    assert (plan.merge_gap, plan.queue_depth, plan.prefetch) == (12288, 7, None)
+    assert planner(ffn="hybrid").plan(memory, 1, 64).plan.ffn == (STREAMED,) * LAYERS
+
+
+def test_more_slots_where_more_is_missed() -> None:
+    plans = planner()
+    memory = plans.least_bytes(1, 64) + (24 << 20)
+    found = plans.plan(memory, 1, 64).plan
+    assert found.ffn == (CACHED,) * LAYERS and found.slots[3] > 1.5 * found.slots[0]
+    again = plans.divide_again(found, {layer: 900.0 if layer == 0 else 1.0 for layer in range(LAYERS)})
+    assert again[0] > found.slots[0] and sum(again) <= sum(found.slots)
+
+
+def test_fewer_sequences_than_asked_for() -> None:
+    plans = planner()
+    assert plans.fitting_seqs(plans.least_bytes(2, 512), 8, 512) == 2
+    assert plans.fitting_seqs(1, 8, 512) == 1
+
+
+def cost(device: Device, **options: Any):
+    given = EngineOptions(max_num_seqs=1, max_model_len=64, **options)
+    return CostModel(store(), given, device, curves()).predict(plan_from_options(store(), given), 1, 32)
+
+
+def test_what_is_streamed_takes_the_disk_s_time_or_the_kernels() -> None:
+    device = assumed_device()
+    slow, fast = (cost(replace(device, stream_bytes_per_s=rate), ffn="naive") for rate in (1e7, 1e12))
+    assert slow.total_ms == pytest.approx(slow.read_bytes / 1e7 * 1e3, rel=0.05)
+    assert slow.read_bytes == pytest.approx(store().num_bytes - 2048 * 1024 * 2, rel=0.01)  # all but positions and vectors
+    assert fast.io_wait_ms < 0.05 * fast.total_ms
+
+
+def test_guesses_hide_reading_behind_computing() -> None:
+    device = assumed_device()
+    with_guesses, without = (cost(device, prefetch=name, cache_neurons=0.25) for name in ("auto", "none"))
+    assert with_guesses.io_wait_ms < 0.7 * without.io_wait_ms
+    assert with_guesses.reads > without.reads > 0
+
+
+def test_few_reads_are_bound_by_latency_many_by_rate() -> None:
+    device = replace(assumed_device(), request_s=0.0, loader_share=1.0)
+    assert device.read_s(1, 4096, 128) == pytest.approx(4096 / 40e6)
+    assert device.read_s(10_000, 4096, 128) == pytest.approx(10_000 * 4096 / 250e6)
+    assert device.read_s(0, 4096, 128) == 0
+    assert device.best_depth(4096) == 128
+
+
+def test_figures_survive_a_file() -> None:
+    device = assumed_device()
+    assert Device.from_json(json.loads(json.dumps(device.to_json()))) == device
+    assert HitCurves.from_json(json.loads(json.dumps(curves().to_json()))) == curves()
+
+
+def test_misses_are_counted_as_the_cache_has_them() -> None:
+    """Half of the neurons at every token, in turns: all hits where both halves fit, nothing but misses where one does."""
+    halves = np.zeros((30, 64), bool)
+    halves[::2, :32], halves[1::2, 32:] = True, True
+    curve = count_misses(np.packbits(halves, axis=1), None, 64, 1)
+    assert (curve.named, curve.slots[0]) == (32, 32)
+    assert curve.at("misses", 64) == 0 and curve.misses[0] == pytest.approx(32, abs=16)
+    both = count_misses(np.packbits(halves, axis=1), np.packbits(halves, axis=1), 64, 2)
+    assert both.named == 64 and both.slots == (64,)
+
+
+def test_a_model_of_which_nothing_is_known_has_curves_for_every_batch() -> None:
+    found = assumed_curves(store())
+    assert "assumed" in found.source and found.of(3) is found.batches[4] and found.of(1000) is found.batches[32]
+    curve = found.of(1)[0]
+    assert curve.named == pytest.approx(0.047 * D_FF, rel=0.15)
+    assert list(curve.misses) == sorted(curve.misses, reverse=True) and curve.misses[-1] == 0
