@@ -22,6 +22,7 @@ from .neuron_rows import NeuronRows
 from .options import EngineOptions
 from .slab import Slab, SlabPlan
 from .step_times import StepTimes
+from .trace import HITS, LOOK_UP, MISSES, NAMED, PREFETCH, recorder
 from .weights import on_device
 
 IdsAndSlots = tuple[np.ndarray, np.ndarray]
@@ -64,7 +65,7 @@ class CachedFeedForward:
     ) -> None:
         config = store.config
         self._compute, self._times, self._d_ff, self._overlap = compute, StepTimes(), config.d_ff, options.overlap
-        self._num_slots = options.cache_slots(config.d_ff)
+        self._num_slots, self._trace = options.cache_slots(config.d_ff), recorder()
         self._gather_sizes = doublings(SMALLEST_GATHER, self._num_slots)
         self._layers = [NeuronRows(plan, store.bundles, self._num_slots) for _ in range(config.num_layers)]
         self._caches = [
@@ -86,7 +87,10 @@ class CachedFeedForward:
     def add_neurons(self, layer: int, tiles: Sequence[Tile]) -> list[jax.Array]:
         (tile,) = tiles  # decoding steps are one tile
         assert tile.predicted is not None
-        neuron_ids = _named(tile.predicted, tile.active)
+        with self._trace.span(NAMED, layer):
+            neuron_ids = _named(tile.predicted, tile.active)
+            self._trace.tell(len(neuron_ids))
+        self._trace.names(layer, neuron_ids)
         if self._prefetches[layer] is None:
             self._caches[layer].begin_token()
         self._times.neurons += self._d_ff
@@ -108,42 +112,49 @@ class CachedFeedForward:
         *,
         guessing: bool,
     ) -> jax.Array:
-        with self._managing_memory():
+        with self._managing_memory(LOOK_UP, layer):
             placement = self._caches[layer].place(neuron_ids)
             prefetch = self._take_prefetch(layer, placement)
             ticket = self._ask(layer, placement)
             ready, late = self._split(placement, prefetch)
             self._times.count(hits=len(placement.hit_ids), misses=len(placement.miss_ids))
+            self._trace.tell(len(placement.hit_ids), len(placement.miss_ids))
         if guessing and tile.guessed is not None:
             self._prefetch(layer + 1, _named(tile.guessed, tile.active))
         if self._overlap:
-            total = self._gather(layer, *ready, total, tile)
+            with self._trace.span(HITS, layer, len(ready[0])):
+                total = self._gather(layer, *ready, total, tile)
         self._pool.wait(ticket if prefetch is None else (*prefetch.ticket, *ticket))
-        if self._overlap:
+        if not self._overlap:
+            late = tuple(np.concatenate(parts) for parts in zip(ready, late, strict=True))
+        with self._trace.span(MISSES, layer, len(late[0])):
             return self._gather(layer, *late, total, tile)
-        ids, slots = (np.concatenate(parts) for parts in zip(ready, late, strict=True))
-        return self._gather(layer, ids, slots, total, tile)
 
     @contextmanager
-    def _managing_memory(self) -> Iterator[None]:
+    def _managing_memory(self, kind: int, layer: int) -> Iterator[None]:
         """Counts the time inside, less what is waited for loaders, which is counted as such."""
         began, waited = time.perf_counter_ns(), self._pool.wait_ns
-        yield
+        with self._trace.span(kind, layer):
+            yield
         self._times.memory_ns += time.perf_counter_ns() - began - (self._pool.wait_ns - waited)
 
     def _prefetch(self, layer: int, neuron_ids: np.ndarray) -> None:
         """Asks for neurons that a layer yet to come will likely need; of too many, half a cache's: the others have to fit, too."""
         neuron_ids = neuron_ids[: self._num_slots // 2]
-        with self._managing_memory():
+        with self._managing_memory(PREFETCH, layer):
             self._caches[layer].begin_token()
             placement = self._caches[layer].place(neuron_ids)
             self._times.prefetched += len(placement.miss_ids)
+            self._trace.tell(len(placement.miss_ids), len(neuron_ids))
             self._prefetches[layer] = _Prefetch(self._ask(layer, placement, ahead=True), placement.miss_ids, placement.miss_slots)
 
     def _take_prefetch(self, layer: int, placement: Placement) -> _Prefetch | None:
         """What was asked for early and has not arrived; afterwards nothing is on its way to the slots of the misses."""
         prefetch, self._prefetches[layer] = self._prefetches[layer], None
-        if prefetch is None or self._pool.finished(prefetch.ticket):
+        if prefetch is None:
+            return None
+        if self._pool.finished(prefetch.ticket):
+            self._trace.arrived(prefetch.ticket)
             return None
         if np.isin(placement.miss_slots, prefetch.slots).any():  # a wrong guess has lost its slot to a miss already
             self._pool.wait(prefetch.ticket)

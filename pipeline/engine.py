@@ -8,9 +8,9 @@ The letters are those of the drawing in docs/architecture.md.
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import jax
 import numpy as np
@@ -30,6 +30,7 @@ from .feed_forward import (
 )
 from .fixed_shapes import CHUNK_SIZES, SMALLEST_CAPACITY, Chunk, capacity_for, doublings, fitting, split_prompt
 from .host_memory import check_fits
+from .live import LivePage
 from .loader_pool import LoaderPool
 from .matrix_source import MatrixSource, ResidentMatrices, StreamedMatrices
 from .memory_parts import kv_cache_bytes, memory_parts, skipped_names
@@ -46,6 +47,7 @@ from .predictors import (
 )
 from .slab import Slab, SlabPlan
 from .step_times import StepTimes
+from .trace import ATTENTION, COMPILE, HEAD, LAYER, PREDICT, PROMPT, START, STEP, recorder
 from .weights import compute_dtype, load_weights, zeros
 
 _attention_decode = jit(attention_decode, static_argnames=("shape", "num_positions"), donate_argnames=("keys", "values"))
@@ -78,9 +80,10 @@ class Engine:
         """
         native_library.choose()  # before anything is traced
         self.store, self.config, self.options = store, store.config, options
-        self.times = StepTimes()
+        self.times, self._trace = StepTimes(), recorder()
         self.num_seqs = self.capacity = 0
         self._closed, self._broken, self._split_rows = False, False, split_rows
+        self._live: LivePage | None = None
         self.compute = compute_dtype(options.compute_dtype, store.dtype)
         self.shape = LayerShape(
             num_heads=store.config.num_heads,
@@ -92,8 +95,9 @@ class Engine:
         self.prefetch_name = choose_prefetch(store, options.prefetch, self.predictor_name)
         self._memory_parts = memory_parts(store, options)
         check_fits(self._memory_parts, "use --ffn hybrid, a smaller --cache-neurons, or a machine with more memory")
-        self.weights = load_weights(store, self.compute, skipped_names(options), verify=options.verify)
-        self._open()
+        with self._trace.span(START):
+            self.weights = load_weights(store, self.compute, skipped_names(options), verify=options.verify)
+            self._open()
 
     def _open(self) -> None:
         options, plan = self.options, SlabPlan()
@@ -123,11 +127,15 @@ class Engine:
         try:
             for part in {id(part): part for part in (naive, self.prompt_ffn, self._decode_ffn) if part}.values():
                 part.bind(self._slab, self._pool)
+            self._live = LivePage(self._about(), self._pool.counter_places)
             self._predictor = self._make_predictor()
             self._ahead = self._load_predictor(self.prefetch_name) if self.prefetch_name else None
         except BaseException:
             self.close()
             raise
+
+    def _about(self) -> dict[str, Any]:
+        return {"model": str(self.store.path), "predictor": self.predictor_name, "options": asdict(self.options)}
 
     def _make_feed_forward(self, plan: SlabPlan) -> tuple[FeedForward, FeedForward]:
         """For prompts and for decoding steps."""
@@ -176,7 +184,8 @@ class Engine:
         self._keys = [zeros(shape) for _ in range(self.config.num_layers)]
         self._values = [zeros(shape) for _ in range(self.config.num_layers)]
         self.num_seqs, self.capacity = num_seqs, capacity
-        self._warm_up()
+        with self._trace.span(COMPILE):
+            self._warm_up()
 
     def process_prompts(self, prompts: Sequence[tuple[int, np.ndarray]]) -> jax.Array:
         """Runs prompts (sequence, token ids) into the KV cache, layer by layer, every streamed block used for all of them.
@@ -190,8 +199,7 @@ class Engine:
             hidden = zeros((self.num_seqs, self.config.d_model))
             for chunk, x in zip(chunks, outputs, strict=True):  # a sequence's last chunk comes last
                 hidden = _put_row(hidden, x, np.int32(chunk.count - 1), np.int32(chunk.sequence))
-            (logits,) = self.matrices.logits([hidden])
-            return logits.block_until_ready()
+            return self._head(hidden)
 
     def all_logits(self, token_ids: np.ndarray) -> np.ndarray:
         """[T] token ids to [T, V] f32 logits, each token's feed-forward neurons chosen as a decoding step would."""
@@ -218,15 +226,26 @@ class Engine:
             x = self.matrices.embed(token_ids, positions)
             before = None
             for layer in range(self.config.num_layers):
-                weights = self.matrices.take_attention(layer)
-                residual, ffn_in, self._keys[layer], self._values[layer] = _attention_decode(  # A
-                    x, weights, self._keys[layer], self._values[layer], positions, self.shape, num_positions=bound
-                )
-                self.matrices.give_back_attention(layer, residual)
-                tile = self._predicting(layer, Tile(residual=residual, ffn_in=ffn_in, active=active), before, guess=True)
-                (x,) = self._decode_ffn.add_neurons(layer, [tile])  # B to F
-                x, before = self.after_ffn(layer, x), tile
-            (logits,) = self.matrices.logits([x])  # H
+                with self._trace.span(LAYER, layer):
+                    tile = self._attend_step(layer, x, positions, active, bound)  # A
+                    with self._trace.span(PREDICT, layer):
+                        tile = self._predicting(layer, tile, before, guess=True)
+                    (x,) = self._decode_ffn.add_neurons(layer, [tile])  # B to F
+                    x, before = self.after_ffn(layer, x), tile
+            return self._head(x)  # H
+
+    def _attend_step(self, layer: int, x: jax.Array, positions: np.ndarray, active: np.ndarray, bound: int) -> Tile:
+        with self._trace.span(ATTENTION, layer):
+            weights = self.matrices.take_attention(layer)
+            residual, ffn_in, self._keys[layer], self._values[layer] = _attention_decode(
+                x, weights, self._keys[layer], self._values[layer], positions, self.shape, num_positions=bound
+            )
+            self.matrices.give_back_attention(layer, residual)
+            return Tile(residual=residual, ffn_in=ffn_in, active=active)
+
+    def _head(self, x: jax.Array) -> jax.Array:
+        with self._trace.span(HEAD):
+            (logits,) = self.matrices.logits([x])
             return logits.block_until_ready()
 
     def memory_bytes(self) -> dict[str, int]:
@@ -247,6 +266,8 @@ class Engine:
         self._closed = True
         self._pool.close()
         self._slab.close()
+        if self._live is not None:
+            self._live.close()
 
     def __enter__(self) -> Self:
         return self
@@ -263,8 +284,9 @@ class Engine:
         before: Sequence[Tile | None] = [None] * len(chunks)
         for layer in range(self.config.num_layers):
             weights = self.matrices.take_attention(layer)
-            tiles = [self._attend(layer, weights, chunk, x) for chunk, x in zip(chunks, outputs, strict=True)]
-            self.matrices.give_back_attention(layer, tiles[-1].residual)
+            with self._trace.span(ATTENTION, layer):
+                tiles = [self._attend(layer, weights, chunk, x) for chunk, x in zip(chunks, outputs, strict=True)]
+                self.matrices.give_back_attention(layer, tiles[-1].residual)
             if predict:
                 tiles = [self._predicting(layer, tile, last) for tile, last in zip(tiles, before, strict=True)]
                 before = tiles
@@ -340,18 +362,20 @@ class Engine:
     @contextmanager
     def _timed_prompt(self, num_tokens: int) -> Iterator[None]:
         began, requested = time.perf_counter_ns(), self._pool.bytes_requested
-        with self._whole():
+        with self._whole(), self._trace.span(PROMPT, value=num_tokens):
             yield
         elapsed = time.perf_counter_ns() - began
         self.times.prompt_ns += elapsed
         self.times.total_ns += elapsed
         self.times.prompt_tokens += num_tokens
         self.times.prompt_bytes += self._pool.bytes_requested - requested
+        self._show()
 
     @contextmanager
     def _timed_step(self, num_tokens: int) -> Iterator[None]:
         began, requested, wait_ns = time.perf_counter_ns(), self._pool.bytes_requested, self._pool.wait_ns
-        with self._whole():
+        self._trace.step = self.times.steps
+        with self._whole(), self._trace.span(STEP, value=num_tokens):
             yield
         elapsed = time.perf_counter_ns() - began
         self.times.decode_ns += elapsed
@@ -360,3 +384,8 @@ class Engine:
         self.times.decode_bytes += self._pool.bytes_requested - requested
         self.times.steps += 1
         self.times.tokens += num_tokens
+        self._show()
+
+    def _show(self) -> None:
+        assert self._live is not None
+        self._live.update(self.times)

@@ -18,6 +18,7 @@ from .block_stream import BlockStream
 from .loader_pool import LoaderPool
 from .neuron_rows import NeuronRows
 from .slab import Slab, SlabPlan
+from .trace import BLOCK, recorder
 from .weights import aligned_empty, on_device
 
 STREAM_BLOCK_BYTES = 8 << 20  # at 2 GB/s the disk takes 4 ms for it: a thousand times the cost of asking
@@ -74,7 +75,7 @@ class StreamedFeedForward:
     """Every neuron, read in order in blocks, for all tiles at once. Prompts in every mode but `resident`; `hybrid` and `naive`."""
 
     def __init__(self, store: Store, plan: SlabPlan, up_bias: Sequence[np.ndarray], compute: np.dtype, *, cyclic: bool) -> None:
-        self._compute, self._cyclic = compute, cyclic
+        self._compute, self._cyclic, self._trace = compute, cyclic, recorder()
         self._num_layers, self._d_ff = store.config.num_layers, store.config.d_ff
         self._length = max(1, min(self._d_ff, STREAM_BLOCK_BYTES // store.bundles.bundle_bytes))
         self._blocks = -(-self._d_ff // self._length)
@@ -102,8 +103,10 @@ class StreamedFeedForward:
         masks = self._padded_masks(tiles)
         for block in range(self._blocks):
             buffer = self._stream.take(layer * self._blocks + block)
-            for number, tile in enumerate(tiles):
-                sums[number] = self._add_block(sums[number], tile, *self._block_arguments(layer, block, buffer, masks[number]))
+            with self._trace.span(BLOCK, layer, block):
+                for number, tile in enumerate(tiles):
+                    arguments = self._block_arguments(layer, block, buffer, masks[number])
+                    sums[number] = self._add_block(sums[number], tile, *arguments)
             self._stream.give_back(buffer, sums[-1])
         return sums
 

@@ -1,0 +1,180 @@
+"""A process's own spans: what it did, when, for which layer; or nothing at all, at no cost, when nobody asked.
+
+A process has one recorder, as it has one log: `recorder()` is `OFF` unless `attach` was called before the engine was made. Spans of the
+engine nest and are written with `with recorder.span(...)`; a loader's requests overlap and are begun and ended by number.
+
+JAX computes behind the engine's back: a span around a computation covers handing it over, and the time appears where the engine next
+needs a result. docs/architecture.md says which spans those are.
+"""
+
+import os
+import struct
+import time
+from collections.abc import Sequence
+from typing import Self
+
+import numpy as np
+
+from .trace_area import NAMED_STEPS, PAGE, RECORD, SIZE_CLASSES, WRITTEN_AT, TraceArea
+
+KINDS = (
+    "start", "compile", "prompt", "step", "layer", "attention", "predict", "named", "look up", "prefetch", "ask", "hits", "misses",
+    "block", "wait", "head", "sampling", "used", "request", "plan", "submit", "read", "complete",
+)  # fmt: skip
+(
+    START, COMPILE, PROMPT, STEP, LAYER, ATTENTION, PREDICT, NAMED, LOOK_UP, PREFETCH, ASK, HITS, MISSES,
+    BLOCK, WAIT, HEAD, SAMPLING, USED, REQUEST, PLAN, SUBMIT, READ, COMPLETE,
+) = range(len(KINDS))  # fmt: skip
+"""Kinds of span, and what their values mean (second: the field `flow`):
+
+  prompt: tokens. step, sampling: sequences. named: neurons named.
+  look up: hits; second: misses. prefetch (its layer is the one asked for): neurons asked for; second: neurons guessed.
+  ask: entries or bytes asked for; second: the request. used (no duration): second: a request whose bytes the enclosing span uses.
+  hits, misses: neurons. block: its number.
+  request (accepted until done): bytes; second: the request. submit: reads begun. read (waiting for the disk): reads that came back.
+"""
+
+_COMPUTING = frozenset((HITS, MISSES, BLOCK, ATTENTION, HEAD))
+_LOADER_BITS = 40
+
+_record = struct.Struct("<qqqqIHh")
+_ending = struct.Struct("<qqq")
+_number = struct.Struct("<q")
+assert _record.size == RECORD.itemsize
+
+
+def flow_of(loader: int, request: int) -> int:
+    """One number for a request of a loader."""
+    return (loader + 1) << _LOADER_BITS | request
+
+
+class Off:
+    """Records nothing."""
+
+    step = 0
+    descriptor: int | None = None
+    on = False
+
+    def span(self, kind: int, layer: int = -1, value: int = 0, flow: int = 0) -> Self:
+        return self
+
+    def tell(self, value: int, flow: int = 0) -> None: ...
+
+    def begin(self, kind: int, layer: int = -1, value: int = 0, flow: int = 0) -> int:
+        return 0
+
+    def end(self, number: int, value: int = 0, flow: int = 0) -> None: ...
+
+    def arrived(self, ticket: Sequence[tuple[int, int]]) -> None: ...
+
+    def names(self, layer: int, neuron_ids: np.ndarray) -> None: ...
+
+    def count_reads(self, lengths: np.ndarray) -> None: ...
+
+    def writer_for(self, loader: int) -> int:
+        return -1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+
+class Recorder(Off):
+    """Writes into a region of a trace area. A context manager around the newest span.
+
+    Attributes:
+      step: the decoding step that is noted with every span.
+      descriptor: of the area, for processes to inherit.
+    """
+
+    on = True
+
+    def __init__(self, area: TraceArea, number: int) -> None:
+        self._area, self.descriptor, self.step = area, area.descriptor, 0
+        self._memory, self._length = area.mapping, area.num_records
+        self._ring, self._written = area.region(number) + PAGE, area.region(number) + WRITTEN_AT
+        self._next = 0
+        self._open: list[list[int]] = []  # [number, value, flow] of the spans around this one
+        self._arrived: list[tuple[int, int]] = []  # requests that are done and not used yet
+        self._header = area.writer_header(number)
+        self._header["pid"] = os.getpid()
+
+    def begin(self, kind: int, layer: int = -1, value: int = 0, flow: int = 0) -> int:
+        """Begins a span that `end` is called for, in any order; returns its number."""
+        number = self._next
+        self._next = number + 1
+        at = self._ring + number % self._length * RECORD.itemsize
+        _record.pack_into(self._memory, at, time.perf_counter_ns(), 0, value, flow, self.step, kind, layer)
+        _number.pack_into(self._memory, self._written, number + 1)
+        return number
+
+    def end(self, number: int, value: int = 0, flow: int = 0) -> None:
+        if self._next - number <= self._length:  # else newer ones have taken its place
+            at = self._ring + number % self._length * RECORD.itemsize + 8
+            _ending.pack_into(self._memory, at, time.perf_counter_ns(), value, flow)
+
+    def span(self, kind: int, layer: int = -1, value: int = 0, flow: int = 0) -> Self:
+        """Begins a span that ends with the `with` block."""
+        self._open.append([self.begin(kind, layer, value, flow), value, flow])
+        if kind in _COMPUTING and self._arrived:
+            self._use(layer)
+        return self
+
+    def tell(self, value: int, flow: int = 0) -> None:
+        """What the innermost open span is to say when it ends."""
+        self._open[-1][1:] = value, flow
+
+    def arrived(self, ticket: Sequence[tuple[int, int]]) -> None:
+        """These requests (loader, number) are done, and the next computation uses them."""
+        self._arrived.extend(ticket)
+
+    def names(self, layer: int, neuron_ids: np.ndarray) -> None:
+        """Keeps which neurons a sampled layer's step names: ids [n]."""
+        if layer in self._area.sampled:
+            named = np.zeros(int(self._area.header["d_ff"]), bool)
+            named[neuron_ids] = True
+            row = self.step % NAMED_STEPS
+            self._area.named[row, self._area.sampled.index(layer)] = np.packbits(named)
+            self._area.named_steps[row] = self.step
+
+    def count_reads(self, lengths: np.ndarray) -> None:
+        """Counts finished reads [r] of so many bytes by size."""
+        sizes = np.ceil(np.log2(np.maximum(lengths, 1))).astype(np.int64)
+        self._header["reads"] += np.bincount(sizes, minlength=SIZE_CLASSES)
+        self._header["read_bytes"] += np.bincount(sizes, lengths, SIZE_CLASSES).astype(np.int64)
+
+    def writer_for(self, loader: int) -> int:
+        """The region of a loader; -1: there is none left."""
+        return loader + 1 if loader + 1 < self._area.num_writers else -1
+
+    def _use(self, layer: int) -> None:
+        for loader, request in self._arrived:
+            self.end(self.begin(USED, layer), 0, flow_of(loader, request))
+        self._arrived.clear()
+
+    def __exit__(self, *_: object) -> None:
+        number, value, flow = self._open.pop()
+        self.end(number, value, flow)
+
+
+OFF = Off()
+_recorder = OFF
+
+
+def recorder() -> Off:
+    """This process's recorder."""
+    return _recorder
+
+
+def attach(descriptor: int, number: int = 0) -> Off:
+    """From now on this process records its spans as writer `number` of the area behind `descriptor`."""
+    global _recorder
+    _recorder = Recorder(TraceArea(descriptor), number)
+    return _recorder
+
+
+def detach() -> None:
+    """What is made from now on is not recorded."""
+    global _recorder
+    _recorder = OFF
