@@ -78,9 +78,9 @@ class Engine:
         Raises:
           InflashError: the options do not fit the store, or memory is too small for them; nothing was started then.
         """
-        native_library.choose()  # before anything is traced
+        native = native_library.choose()  # before anything is traced
         self.store, self.config, self.options = store, store.config, options
-        self.times, self._trace = StepTimes(), recorder()
+        self.times, self._trace, self._kernels = StepTimes(), recorder(), "native" if native else "xla"
         self.num_seqs = self.capacity = 0
         self._closed, self._broken, self._split_rows = False, False, split_rows
         self._live: LivePage | None = None
@@ -135,7 +135,9 @@ class Engine:
             raise
 
     def _about(self) -> dict[str, Any]:
-        return {"model": str(self.store.path), "predictor": self.predictor_name, "options": asdict(self.options)}
+        """What others may want to know of this engine, see `LivePage`."""
+        names = {"model": str(self.store.path), "predictor": self.predictor_name, "prefetch": self.prefetch_name}
+        return {**names, "kernels": self._kernels, "options": asdict(self.options)}
 
     def _make_feed_forward(self, plan: SlabPlan) -> tuple[FeedForward, FeedForward]:
         """For prompts and for decoding steps."""

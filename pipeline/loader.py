@@ -79,6 +79,7 @@ class _Request:
       file: that they read from.
       check: called when all reads are back.
       ahead: nobody waits for it yet.
+      in_order: it reads a stretch rather than picked neurons.
       num_bytes: of weights that were asked for.
       submitted: reads that have begun.
       remaining: reads that are not back.
@@ -86,7 +87,7 @@ class _Request:
       span: of the trace.
     """
 
-    __slots__ = ("ahead", "check", "file", "num_bytes", "number", "reads", "remaining", "results", "span", "submitted")
+    __slots__ = ("ahead", "check", "file", "in_order", "num_bytes", "number", "reads", "remaining", "results", "span", "submitted")
 
     def __init__(
         self,
@@ -97,9 +98,11 @@ class _Request:
         check: Callable[[], None],
         *,
         ahead: bool = False,
+        in_order: bool = False,
     ) -> None:
         self.number, self.reads, self.file, self.num_bytes, self.check = number, reads, file, num_bytes, check
         self.submitted, self.remaining, self.ahead = 0, len(reads.plan), ahead
+        self.in_order = in_order
         self.results = np.empty(len(reads.plan), np.int64)
         self.span = 0
 
@@ -224,7 +227,7 @@ class Loader:
             requests=1,
         )
         self._counted_until = now
-        self._trace.count_reads(plan.lengths)
+        self._trace.count_reads(plan.lengths, in_order=request.in_order)
         self._trace.end(request.span, request.num_bytes, self._flow(request.number))
         self._channel.done[request.number % RING_LENGTH] = request.number
         os.eventfd_write(self._config.done_descriptor, 1)
@@ -261,7 +264,13 @@ class Loader:
         num_bytes = count * num_parts * config.d_model * config.item_bytes
         reads = self._queue.prepare(reader.descriptor(addresses), plan, number << _TAG_BITS)
         return _Request(
-            number, reads, reader.file, num_bytes, lambda: reader.check(positions, slots, parts), ahead=bool(record["ahead"])
+            number,
+            reads,
+            reader.file,
+            num_bytes,
+            lambda: reader.check(positions, slots, parts),
+            ahead=bool(record["ahead"]),
+            in_order=kind == RANGE,
         )
 
     def _plan_bytes(self, number: int, source: int, start: int, count: int, target: int) -> _Request:
@@ -269,7 +278,7 @@ class Loader:
         direct = file.can_read_directly(ALIGNMENT, target, start) and count % ALIGNMENT == 0
         plan = plan_bytes(start, count, self._slab.array(target, (count,), np.uint8).ctypes.data)
         reads = self._queue.prepare(file.descriptor(direct), plan, number << _TAG_BITS)
-        return _Request(number, reads, file, count, lambda: None)
+        return _Request(number, reads, file, count, lambda: None, in_order=True)
 
     def _reader(self, layer: int, part: int | None) -> DirectReader:
         """Of a layer's bundles, or of one part's rows where those lie apart."""

@@ -69,7 +69,7 @@ class Off:
 
     def names(self, layer: int, neuron_ids: np.ndarray) -> None: ...
 
-    def count_reads(self, lengths: np.ndarray) -> None: ...
+    def count_reads(self, lengths: np.ndarray, *, in_order: bool) -> None: ...
 
     def writer_for(self, loader: int) -> int:
         return -1
@@ -138,11 +138,11 @@ class Recorder(Off):
             self._area.named[row, self._area.sampled.index(layer)] = np.packbits(named)
             self._area.named_steps[row] = self.step
 
-    def count_reads(self, lengths: np.ndarray) -> None:
-        """Counts finished reads [r] of so many bytes by size."""
+    def count_reads(self, lengths: np.ndarray, *, in_order: bool) -> None:
+        """Counts finished reads [r] of so many bytes by size; `in_order`: of a stretch rather than of picked neurons."""
         sizes = np.ceil(np.log2(np.maximum(lengths, 1))).astype(np.int64)
-        self._header["reads"] += np.bincount(sizes, minlength=SIZE_CLASSES)
-        self._header["read_bytes"] += np.bincount(sizes, lengths, SIZE_CLASSES).astype(np.int64)
+        self._header["reads"][int(in_order)] += np.bincount(sizes, minlength=SIZE_CLASSES)
+        self._header["read_bytes"][int(in_order)] += np.bincount(sizes, lengths, SIZE_CLASSES).astype(np.int64)
 
     def writer_for(self, loader: int) -> int:
         """The region of a loader; -1: there is none left."""

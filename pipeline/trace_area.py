@@ -50,8 +50,8 @@ WRITER_HEADER = np.dtype(
     [
         ("pid", "<i8"),  # 0: nobody has come
         ("written", "<i8"),  # spans begun since the beginning
-        ("reads", "<i8", (SIZE_CLASSES,)),
-        ("read_bytes", "<i8", (SIZE_CLASSES,)),
+        ("reads", "<i8", (2, SIZE_CLASSES)),  # [0]: of neurons picked one by one, [1]: of stretches in order
+        ("read_bytes", "<i8", (2, SIZE_CLASSES)),
     ]
 )
 WRITTEN_AT = 8
@@ -68,7 +68,7 @@ class WriterTrace:
       pid: its process id.
       records: [n] of RECORD, in the order in which they began.
       lost: older records that newer ones have replaced.
-      reads, read_bytes: [SIZE_CLASSES] int64, reads by size and their bytes.
+      reads, read_bytes: [2, SIZE_CLASSES] int64, reads by size and their bytes: of neurons picked one by one, and of stretches in order.
     """
 
     number: int

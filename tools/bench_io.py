@@ -82,7 +82,7 @@ def _measure(store: Store, arguments: argparse.Namespace) -> int:
     with progress_bar(total=len(sizes) * len(DEPTHS) + ROUNDS, desc="reading", unit=" steps") as bar:
         for size in sizes:
             for depth in DEPTHS:
-                ours = _queue_rate(shard.file, store.bundles.layer_bytes, size, depth, arguments.seconds / 6)
+                ours = queue_rate(shard.file, store.bundles.layer_bytes, size, depth, arguments.seconds / 6)
                 fio = _fio(shard.file, store.bundles.layer_bytes, size, depth, arguments.seconds / 6)
                 points.append(Point(size=size, depth=depth, bytes_per_s=ours, fio_bytes_per_s=fio))
                 bar.update()
@@ -98,7 +98,7 @@ def _loader_rates(store: Store, file: Path, arguments: argparse.Namespace, progr
     with _Loaders(store, arguments.loaders, arguments.queue_depth) as loaders:
         for _ in range(ROUNDS):
             samples["loaders"].append(loaders.measure(arguments.seconds / ROUNDS))
-            samples["queue"].append(_queue_rate(file, store.bundles.layer_bytes, size, depth, arguments.seconds / ROUNDS))
+            samples["queue"].append(queue_rate(file, store.bundles.layer_bytes, size, depth, arguments.seconds / ROUNDS))
             if (rate := _fio(file, store.bundles.layer_bytes, size, depth, arguments.seconds / ROUNDS)) is not None:
                 samples["fio"].append(rate)
             progress()
@@ -206,7 +206,7 @@ class _Loaders:
         self._slab.close()
 
 
-def _queue_rate(file: Path, file_bytes: int, size: int, depth: int, seconds: float) -> float:
+def queue_rate(file: Path, file_bytes: int, size: int, depth: int, seconds: float) -> float:
     """Bytes a second of random reads of one size, so many under way."""
     descriptor = _open_direct(file)
     memory = mmap.mmap(-1, depth * size)
