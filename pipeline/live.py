@@ -40,10 +40,10 @@ class LivePage:
           about: what readers may want to know that does not change, in JSON's types.
           loaders: process id of each, and where its counters lie in the slab.
         """
-        document = {"version": __version__, "loaders": loaders, "started_s": time.time(), **about}
-        text = json.dumps(document).encode()
+        needed = {"version": __version__, "pid": os.getpid(), "started_s": time.time(), "loaders": loaders[:64]}
+        text = json.dumps({**needed, **about}).encode()
         if len(text) > _ABOUT_BYTES:  # a store's path may be long; readers can do without it
-            text = json.dumps({"version": __version__, "loaders": loaders[:64], "started_s": document["started_s"]}).encode()
+            text = json.dumps(needed).encode()
         self._descriptor = os.memfd_create(_NAME)
         os.ftruncate(self._descriptor, _PAGE)
         self._page = mmap.mmap(self._descriptor, _PAGE)
@@ -59,8 +59,10 @@ class LivePage:
         _sequence.pack_into(self._page, 0, self._count)
 
     def close(self) -> None:
-        """Idempotent."""
+        """Nobody finds the page any more; who has it already keeps it. Idempotent."""
         if self._descriptor >= 0:
+            self._page[_ABOUT_AT:] = bytes(_ABOUT_BYTES)
+            self._page.close()
             os.close(self._descriptor)
             self._descriptor = -1
 
@@ -96,17 +98,15 @@ class LiveReader:
         """
         self.pid = pid
         places = _memory_files(pid)
-        if not places.get(_NAME):
+        page = _own_page(pid, places)
+        if page is None:
             raise InflashError(f"process {pid}: expected a running inflash engine, found none in it; {_others()}")
-        self._page = _map(places[_NAME][-1], 0, mmap.ACCESS_READ)
-        text = self._page[_ABOUT_AT:].rstrip(b"\0")
-        self.about: dict[str, Any] = json.loads(text)
+        self._page, self.about = page, _about(page)
         if self.about["version"] != __version__:
             raise InflashError(f"process {pid} runs inflash {self.about['version']}; use that version's command to look at it")
         slab = places[_SLAB_NAME][-1]
         self._counters = {
-            loader: np.frombuffer(_map(slab, offset, mmap.ACCESS_READ), np.uint64, len(COUNTERS))
-            for loader, offset in self.about["loaders"]
+            loader: np.frombuffer(_map(slab, offset), np.uint64, len(COUNTERS)) for loader, offset in self.about["loaders"]
         }
 
     def read(self) -> LiveCounters:
@@ -127,11 +127,24 @@ def running_engines() -> list[int]:
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            if _NAME in _memory_files(int(folder.name)):
+            if _own_page(int(folder.name), _memory_files(int(folder.name))) is not None:
                 found.append(int(folder.name))
         except InflashError:
             continue
     return sorted(found)
+
+
+def _own_page(pid: int, places: dict[str, list[str]]) -> mmap.mmap | None:
+    """The page of the newest engine in a process; those that it only looks at do not count."""
+    for path in reversed(places.get(_NAME, [])):
+        page = _map(path, 0)
+        if _about(page).get("pid") == pid:
+            return page
+    return None
+
+
+def _about(page: mmap.mmap) -> dict[str, Any]:
+    return json.loads(page[_ABOUT_AT:].rstrip(b"\0") or b"{}")
 
 
 def _memory_files(pid: int) -> dict[str, list[str]]:
@@ -162,9 +175,9 @@ def _others() -> str:
     return f"running engines: {', '.join(map(str, engines))}"
 
 
-def _map(path: str, offset: int, access: int) -> mmap.mmap:
+def _map(path: str, offset: int) -> mmap.mmap:
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        return mmap.mmap(descriptor, _PAGE, access=access, offset=offset)
+        return mmap.mmap(descriptor, _PAGE, access=mmap.ACCESS_READ, offset=offset)
     finally:
         os.close(descriptor)

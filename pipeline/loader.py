@@ -87,7 +87,19 @@ class _Request:
       span: of the trace.
     """
 
-    __slots__ = ("ahead", "check", "file", "in_order", "num_bytes", "number", "reads", "remaining", "results", "span", "submitted")
+    __slots__ = (
+        "ahead",
+        "check",
+        "file",
+        "in_order",
+        "num_bytes",
+        "number",
+        "reads",
+        "remaining",
+        "results",
+        "span",
+        "submitted",
+    )
 
     def __init__(
         self,

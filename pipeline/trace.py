@@ -15,7 +15,7 @@ from typing import Self
 
 import numpy as np
 
-from .trace_area import NAMED_STEPS, PAGE, RECORD, SIZE_CLASSES, WRITTEN_AT, TraceArea
+from .trace_area import NAMED_STEPS, PAGE, PAUSED_AT, RECORD, SIZE_CLASSES, WRITTEN_AT, TraceArea
 
 KINDS = (
     "start", "compile", "prompt", "step", "layer", "attention", "predict", "named", "look up", "prefetch", "ask", "hits", "misses",
@@ -102,6 +102,8 @@ class Recorder(Off):
 
     def begin(self, kind: int, layer: int = -1, value: int = 0, flow: int = 0) -> int:
         """Begins a span that `end` is called for, in any order; returns its number."""
+        if self._memory[PAUSED_AT]:
+            return -1
         number = self._next
         self._next = number + 1
         at = self._ring + number % self._length * RECORD.itemsize
@@ -110,7 +112,7 @@ class Recorder(Off):
         return number
 
     def end(self, number: int, value: int = 0, flow: int = 0) -> None:
-        if self._next - number <= self._length:  # else newer ones have taken its place
+        if 0 <= number >= self._next - self._length:  # else newer ones have taken its place
             at = self._ring + number % self._length * RECORD.itemsize + 8
             _ending.pack_into(self._memory, at, time.perf_counter_ns(), value, flow)
 
@@ -131,7 +133,7 @@ class Recorder(Off):
 
     def names(self, layer: int, neuron_ids: np.ndarray) -> None:
         """Keeps which neurons a sampled layer's step names: ids [n]."""
-        if layer in self._area.sampled:
+        if layer in self._area.sampled and not self._memory[PAUSED_AT]:
             named = np.zeros(int(self._area.header["d_ff"]), bool)
             named[neuron_ids] = True
             row = self.step % NAMED_STEPS
@@ -140,6 +142,8 @@ class Recorder(Off):
 
     def count_reads(self, lengths: np.ndarray, *, in_order: bool) -> None:
         """Counts finished reads [r] of so many bytes by size; `in_order`: of a stretch rather than of picked neurons."""
+        if self._memory[PAUSED_AT]:
+            return
         sizes = np.ceil(np.log2(np.maximum(lengths, 1))).astype(np.int64)
         self._header["reads"][int(in_order)] += np.bincount(sizes, minlength=SIZE_CLASSES)
         self._header["read_bytes"][int(in_order)] += np.bincount(sizes, lengths, SIZE_CLASSES).astype(np.int64)

@@ -42,7 +42,7 @@ AREA_HEADER = np.dtype(
         ("num_writers", "<i8"),
         ("num_records", "<i8"),
         ("d_ff", "<i8"),
-        ("made_ns", "<i8"),
+        ("paused", "<i8"),  # 1: nothing is recorded for a while
         ("sampled", "<i2", (16,)),  # layers whose named neurons are kept; -1: none
     ]
 )
@@ -55,6 +55,7 @@ WRITER_HEADER = np.dtype(
     ]
 )
 WRITTEN_AT = 8
+PAUSED_AT = 32
 _MAGIC = 0x3165636172746669  # "iftrace1"
 _CLOCK = "clock_gettime(CLOCK_MONOTONIC)"
 
@@ -118,7 +119,7 @@ class TraceArea:
         header["sampled"] = -1
         header["sampled"][0, : len(sampled)] = sampled
         header["num_writers"], header["num_records"], header["d_ff"] = num_writers, num_records, d_ff
-        header["magic"], header["made_ns"] = _MAGIC, time.perf_counter_ns()
+        header["magic"] = _MAGIC
         os.pwrite(descriptor, header.tobytes(), 0)
         area = cls(descriptor)
         area.named_steps[:] = -1
@@ -127,6 +128,10 @@ class TraceArea:
     def region(self, number: int) -> int:
         """Where a writer's region begins; for the number of writers, where the last one ends."""
         return PAGE + number * _region_bytes(self.num_records)
+
+    def pause(self, paused: bool) -> None:
+        """Has all writers record nothing, or go on."""
+        self.mapping[PAUSED_AT] = int(paused)
 
     def writer_header(self, number: int) -> np.void:
         return np.frombuffer(self.mapping, WRITER_HEADER, 1, self.region(number))[0]

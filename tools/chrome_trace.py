@@ -24,7 +24,9 @@ _ARGUMENTS = {  # what a span's value and second value are called
 Event = dict[str, Any]
 
 
-def write_trace(file: Path, traces: Sequence[WriterTrace], processes: dict[str, Any], origin_ns: int, notes: dict[str, Any]) -> None:
+def write_trace(
+    file: Path, traces: Sequence[WriterTrace], processes: dict[str, Any], origin_ns: int, notes: dict[str, Any]
+) -> None:
     """Writes all events, one a line.
 
     Args:
@@ -151,7 +153,8 @@ def _sample_counters(process: dict[str, Any]) -> Iterator[Event]:
     for first, second in zip(range(len(at)), range(1, len(at)), strict=False):
         seconds = (at[second] - at[first]) / 1e6
         shares = {
-            name.removesuffix("_s"): 100 * (samples[name][second] - samples[name][first]) / seconds for name in ("user_s", "system_s")
+            name.removesuffix("_s"): 100 * (samples[name][second] - samples[name][first]) / seconds
+            for name in ("user_s", "system_s")
         }
         yield _counter(pid, "CPU %", float(at[first]), shares)
     for place, size in enumerate(samples["pss_bytes"]):

@@ -234,6 +234,12 @@ After `inflash build-kernels` every kernel that has a native form is measured in
   inflash bench kernels --d-model 2048 --d-ff 8192
 """,
     ),
+    "tracing": Command(
+        module="bench_tracing",
+        summary="what `inflash profile` costs the run that it watches",
+        add_arguments=profile_flags.add_bench_tracing,
+        details="  inflash bench tracing ./opt-6.7b.inflash\n",
+    ),
     "ablation": Command(
         module="bench_ablation",
         summary="the paper's table, step by step: what each part of the system brings under a memory limit",
@@ -285,7 +291,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_commands(commands, COMMANDS)
     bench = commands.add_parser(
         "bench",
-        help="measure this machine: io, kernels, ablation or llm",
+        help="measure this machine: io, kernels, ablation, llm or tracing",
         description="Measures this machine, or a model on it. The last line of the output is one JSON document, see docs/cli.md.",
         allow_abbrev=False,
     )

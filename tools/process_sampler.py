@@ -1,7 +1,7 @@
 """What the kernel says of a run's processes while they run: CPU time, waiting for a processor, memory, faults, switches, bytes read.
 
-Looking costs time on the machine that is being looked at. Cheap figures are taken at every turn; those that walk all threads, or all pages
-of a large mapping, so rarely that they take less than `_SHARE` of one processor.
+Looking costs time on the machine that is being looked at. Cheap figures are taken at every turn; those that walk all of a process's
+threads, or all its pages, so rarely that each takes less than `_SHARE` of one processor.
 """
 
 import os
@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-_SHARE = 0.002
+_SHARE = 0.003
 _THREADS_EVERY_S, _PSS_EVERY_S = 1.0, 2.0
 _TICK_S = 1 / os.sysconf("SC_CLK_TCK")
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
@@ -57,26 +57,22 @@ class ProcessSampler:
     def __init__(self) -> None:
         self.samples: dict[str, list[ProcessSample]] = {}
         self.pids: dict[str, int] = {}
-        self._next = {"threads": 0.0, "pss": 0.0}
+        self._next: dict[tuple[str, str], float] = {}  # when a process is due for a costly look
 
     def sample(self, processes: Mapping[str, int]) -> None:
         """Takes one of each process that is there."""
-        now = time.monotonic()
-        due = {name: now >= at for name, at in self._next.items()}
-        cost = {"threads": 0.0, "pss": 0.0}
         for name, pid in processes.items():
             sample = look_at(pid)
             if sample is None:
                 continue
-            if due["threads"]:
-                cost["threads"] += _timed(_add_threads, pid, sample)
-            if due["pss"]:
-                cost["pss"] += _timed(_add_pss, pid, sample)
+            for look, least_s in ((_add_threads, _THREADS_EVERY_S), (_add_pss, _PSS_EVERY_S)):
+                began = time.monotonic()
+                if began >= self._next.get((name, look.__name__), 0.0):
+                    look(pid, sample)
+                    ended = time.monotonic()
+                    self._next[name, look.__name__] = ended + max(least_s, (ended - began) / _SHARE)
             self.pids[name] = pid
             self.samples.setdefault(name, []).append(sample)
-        for name, least in (("threads", _THREADS_EVERY_S), ("pss", _PSS_EVERY_S)):
-            if due[name] and processes:
-                self._next[name] = now + max(least, cost[name] / _SHARE)
 
     def document(self, origin_ns: int) -> dict[str, Any]:
         """Everything in JSON's types, by process: columns of equal length, times in seconds since `origin_ns`."""
@@ -143,9 +139,3 @@ def _line(file: Path, key: str) -> int | None:
         if line.startswith(key):
             return int(line.split()[1])
     return None
-
-
-def _timed(look, pid: int, sample: ProcessSample) -> float:
-    began = time.perf_counter()
-    look(pid, sample)
-    return time.perf_counter() - began

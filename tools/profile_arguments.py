@@ -14,7 +14,9 @@ def add_profile(parser: argparse.ArgumentParser) -> None:
     work.add_argument(
         "--prompt", action="append", metavar="TEXT", help="a text to continue, as `inflash generate` does; may be repeated"
     )
-    parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="folder for the report; made when it is not there")
+    parser.add_argument(
+        "-o", "--output", type=Path, required=True, metavar="DIR", help="folder for the report; made when it is not there"
+    )
     parser.add_argument(
         "--device",
         type=Path,
@@ -29,15 +31,21 @@ def add_profile(parser: argparse.ArgumentParser) -> None:
 
 
 def add_top(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("pid", type=int, metavar="PID", help="of a running `inflash generate`, `run-batch` or any program with an inflash.LLM")
-    parser.add_argument("--interval", type=float, default=1.0, metavar="S", help="seconds between two looks (default: %(default)s)")
+    parser.add_argument(
+        "pid", type=int, metavar="PID", help="of a running `inflash generate`, `run-batch` or any program with an inflash.LLM"
+    )
+    parser.add_argument(
+        "--interval", type=float, default=1.0, metavar="S", help="seconds between two looks (default: %(default)s)"
+    )
     parser.add_argument("--count", type=int, metavar="N", help="end after so many looks (default: when the run ends, or Ctrl-C)")
 
 
 def add_bench_tracing(parser: argparse.ArgumentParser) -> None:
     flags.add_model(parser)
-    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="pairs of runs, with and without (default: %(default)s)")
-    parser.add_argument("--tokens", type=int, default=64, metavar="N", help="decoded in each run (default: %(default)s)")
+    parser.add_argument("--tokens", type=int, default=448, metavar="N", help="tokens to decode (default: %(default)s)")
+    parser.add_argument(
+        "--steps", type=int, default=4, metavar="N", help="decoding steps with and without in turn (default: %(default)s)"
+    )
     flags.add_engine_flags(parser)
     parser.set_defaults(max_num_seqs=1)
 

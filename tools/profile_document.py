@@ -7,8 +7,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from .. import __version__
 from ..errors import InflashError
 from ..pipeline.options import EngineOptions
@@ -89,9 +87,7 @@ def _model(store: Store) -> dict[str, Any]:
 
 def _ending(code: int, loaders: list[WriterTrace]) -> str:
     """How the run ended, in words."""
-    unfinished = [
-        trace.name for trace in loaders if ((trace.records["kind"] == REQUEST) & (trace.records["end_ns"] == 0)).any()
-    ]
+    unfinished = [trace.name for trace in loaders if ((trace.records["kind"] == REQUEST) & (trace.records["end_ns"] == 0)).any()]
     what = {0: "completed", 1: "failed while running", 2: "refused its input", 130: "interrupted"}.get(code, f"ended with {code}")
     if code < 0:
         what = f"the engine was ended by signal {-code}"
@@ -110,7 +106,10 @@ def _queue_wait_share(engine: dict[str, Any] | None) -> float | None:
     if engine is None:
         return None
     samples = engine["samples"]
-    waits = [(wait, user + system) for wait, user, system in zip(*(samples[k] for k in ("queue_wait_s", "user_s", "system_s")), strict=True)]
+    waits = [
+        (wait, user + system)
+        for wait, user, system in zip(*(samples[k] for k in ("queue_wait_s", "user_s", "system_s")), strict=True)
+    ]
     known = [(wait, cpu) for wait, cpu in waits if wait is not None]
     if len(known) < 2:
         return None
@@ -142,7 +141,13 @@ def _energy(watch: Watch, document: dict[str, Any]) -> dict[str, Any]:
     tokens = max(document["run"]["tokens"], 1)
     if joules is not None:
         total = sum(joules.values())
-        return {"estimated": False, "joules": joules, "total_joules": total, "joules_per_token": total / tokens, "constants": None}
+        return {
+            "estimated": False,
+            "joules": joules,
+            "total_joules": total,
+            "joules_per_token": total / tokens,
+            "constants": None,
+        }
     steps, moved = document["token"]["steps"], document["traffic"]
     found = estimate(
         flash_bytes=steps * document["reads"]["bytes_per_step"],

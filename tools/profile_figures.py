@@ -18,9 +18,11 @@ _MOST_POINTS = 512  # of the course
 
 
 def engine_figures(records: np.ndarray) -> dict[str, Any]:
-    """"token", "layers" and "course" of the profile, from the engine's records [n]; unfinished spans are left out."""
+    """The profile's "token", "prompts", "layers" and "course", from the engine's records [n]; unfinished spans are left out."""
     records = records[records["end_ns"] > 0]
-    spans = {kind: records[records["kind"] == kind] for kind in (STEP, LAYER, LOOK_UP, PREFETCH, WAIT, HEAD, SAMPLING, PROMPT, MISSES)}
+    spans = {
+        kind: records[records["kind"] == kind] for kind in (STEP, LAYER, LOOK_UP, PREFETCH, WAIT, HEAD, SAMPLING, PROMPT, MISSES)
+    }
     steps = spans[STEP]
     parts = _Parts(spans)
     count = max(len(steps), 1)
@@ -36,7 +38,11 @@ def engine_figures(records: np.ndarray) -> dict[str, Any]:
             "head_ms": float(_lengths(spans[HEAD]).sum()) / 1e6 / max(len(spans[HEAD]), 1),
             "sampling_ms": float(_lengths(spans[SAMPLING]).sum()) / 1e6 / max(len(spans[SAMPLING]), 1),
         },
-        "prompts": {"count": len(spans[PROMPT]), "tokens": int(spans[PROMPT]["value"].sum()), "s": float(_lengths(spans[PROMPT]).sum()) / 1e9},
+        "prompts": {
+            "count": len(spans[PROMPT]),
+            "tokens": int(spans[PROMPT]["value"].sum()),
+            "s": float(_lengths(spans[PROMPT]).sum()) / 1e9,
+        },
         "layers": _layers(spans, parts),
         "course": _course(spans, parts),
     }
@@ -74,7 +80,12 @@ def _lengths(spans: np.ndarray) -> np.ndarray:
 
 def _layers(spans: dict[int, np.ndarray], parts: _Parts) -> list[dict[str, Any]]:
     """A mean step's time and neurons by layer."""
-    layers, waits, memory, lengths = spans[LAYER], parts.wait_of(spans[LAYER]), parts.memory_of(spans[LAYER]), _lengths(spans[LAYER])
+    layers, waits, memory, lengths = (
+        spans[LAYER],
+        parts.wait_of(spans[LAYER]),
+        parts.memory_of(spans[LAYER]),
+        _lengths(spans[LAYER]),
+    )
     found = []
     for layer in np.unique(layers["layer"]).tolist():
         mine = layers["layer"] == layer
@@ -111,13 +122,11 @@ def _course(spans: dict[int, np.ndarray], parts: _Parts) -> dict[str, list[float
     width = -(-len(steps) // _MOST_POINTS) if len(steps) else 1
     starts = np.arange(0, len(steps), width)
     sizes = np.diff(np.append(starts, len(steps)))
-    return {
-        name: (np.add.reduceat(values, starts) / sizes).tolist() if len(steps) else [] for name, values in columns.items()
-    }
+    return {name: (np.add.reduceat(values, starts) / sizes).tolist() if len(steps) else [] for name, values in columns.items()}
 
 
 def read_figures(engine: np.ndarray, loaders: Sequence[WriterTrace], depth: int) -> dict[str, Any]:
-    """"reads" of the profile: what was under way during decoding steps, at what rate, and reads by size over the whole run.
+    """The profile's "reads": what was under way during decoding steps, at what rate, and reads by size over the whole run.
 
     Args:
       engine: its records.

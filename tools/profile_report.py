@@ -35,7 +35,8 @@ def write_report(file: Path, profile: Profile) -> None:
         "limits": "".join(f"<li>{escape(sentence)}</li>" for sentence in profile["limits"]),
         "sections": "\n".join(section(profile) for section in _SECTIONS),
         "colours": "".join(
-            f".bar.c{n}, .mark.c{n}, .dot.c{n} {{ fill: var(--c{n}); }} .line.c{n} {{ stroke: var(--c{n}); }} " for n in range(_COLOURS)
+            f".bar.c{n}, .mark.c{n}, .dot.c{n} {{ fill: var(--c{n}); }} .line.c{n} {{ stroke: var(--c{n}); }} "
+            for n in range(_COLOURS)
         ),
         "footer": escape(
             f"inflash {profile['version']}. Watching took {profile['profiler_cpu_s']:.2f} s of processor time. trace.json beside this file "
@@ -58,6 +59,8 @@ def _warnings(profile: Profile) -> list[str]:
 
 def _section(title: str, text: str, *figures: str, wide: bool = False) -> str:
     body = "".join(f"<figure>{figure}</figure>" for figure in figures)
+    if len(figures) > 1:
+        body = f'<div class="pair">{body}</div>'
     return f'<section{" class=wide" if wide else ""}><h2>{escape(title)}</h2><p class="soft">{escape(text)}</p>{body}</section>'
 
 
@@ -74,12 +77,15 @@ def _token(profile: Profile) -> str:
     text = (
         "Mean of the decoding steps. I/O wait: the engine waited for loaders and had nothing to compute. Memory management: looking "
         "neurons up, giving them slots, writing requests. Compute: the rest. "
-        f"Sampling comes on top, {_ms(token['sampling_ms'])}; of compute, {_ms(token['head_ms'])} are the output head and what was left before it."
+        f"Sampling comes on top, {_ms(token['sampling_ms'])}; of compute, {_ms(token['head_ms'])} are the output head and what was left "
+        "before it."
     )
     if not token["steps"]:
         return _section("Where a token's time goes", text, nothing(), wide=True)
     parts = [(name, token[key]) for name, key in _PARTS]
-    return _section(f"Where a token's {token['total_ms']:.1f} ms go", text, split_bar(parts, _ms, "a token's time by part"), wide=True)
+    return _section(
+        f"Where a token's {token['total_ms']:.1f} ms go", text, split_bar(parts, _ms, "a token's time by part"), wide=True
+    )
 
 
 def _layers(profile: Profile) -> str:
@@ -88,16 +94,23 @@ def _layers(profile: Profile) -> str:
         for style, (name, key) in enumerate(_PARTS)
     ]
     axes = Axes(x_label="layer", y_label="ms a token", y_text=lambda value: f"{value:.2g}")
-    text = "A layer's compute shows where the engine waits for it: attention and predictor in the layer itself, its last neurons in the next."
+    text = (
+        "A layer's compute shows where the engine waits for it: attention and predictor in the layer itself, the neurons that were read "
+        "in the next."
+    )
     return _section("Time by layer", text, stacked_bars(series, axes, "time by layer and part"))
 
 
 def _course(profile: Profile) -> str:
     course = profile["course"]
     named = (("I/O wait", "io_wait_ms", 0), ("memory management", "memory_ms", 1), ("all of the step", "total_ms", 2))
-    series = [Series(name=name, points=list(zip(course["step"], course[key], strict=True)), style=style) for name, key, style in named]
+    series = [
+        Series(name=name, points=list(zip(course["step"], course[key], strict=True)), style=style) for name, key, style in named
+    ]
     axes = Axes(x_label="step", y_label="ms", y_text=lambda value: f"{value:.3g}")
-    return _section("Time, step by step", "The first steps fill the cache, and are slower.", lines(series, axes, "time of each step"))
+    return _section(
+        "Time, step by step", "The first steps fill the cache, and are slower.", lines(series, axes, "time of each step")
+    )
 
 
 def _hit_rate(profile: Profile) -> str:
@@ -111,7 +124,10 @@ def _hit_rate(profile: Profile) -> str:
     by_layer = Axes(x_label="layer", y_label="found in memory", y_text=_percent, top=1)
     by_step = Axes(x_label="step", y_label="found in memory", y_text=_percent, top=1)
     share = profile["cache"]["share"]
-    text = f"Of the neurons named, those that were in memory or on their way; all layers together {_percent(profile['run']['cache_hit_rate'])}."
+    text = (
+        "Of the neurons named, those that were in memory or on their way; all layers together "
+        f"{_percent(profile['run']['cache_hit_rate'])}."
+    )
     if share is not None:
         text += f" The cache holds {_percent(share)} of each layer."
     return _section(
@@ -119,6 +135,7 @@ def _hit_rate(profile: Profile) -> str:
         text,
         stacked_bars([Series(name="", points=rates, style=3)] if rates else [], by_layer, "hit rate by layer"),
         lines([Series(name="", points=steps, style=3)] if steps else [], by_step, "hit rate step by step"),
+        wide=True,
     )
 
 
@@ -126,7 +143,10 @@ def _sizes(profile: Profile) -> str:
     sizes = profile["reads"]["sizes"]
     series = [
         Series(name=name, points=[(place, size[key]) for place, size in enumerate(sizes)], style=style)
-        for name, key, style in (("neurons picked one by one", "picked", 0), ("stretches in order (prompts, streams)", "in_order", 2))
+        for name, key, style in (
+            ("neurons picked one by one", "picked", 0),
+            ("stretches in order (prompts, streams)", "in_order", 2),
+        )
     ]
     axes = Axes(
         x_label="bytes of a read, up to",
@@ -159,9 +179,9 @@ def _rates(profile: Profile) -> str:
     ticks = sorted({point["size"] / 1024 for point in curve}) or None
     axes = Axes(x_label="KiB of a read", y_label="MB/s", log_x=True, log_y=True, x_ticks=ticks)
     text = (
-        f"While reads were under way ({_percent(reads['busy_share'])} of the decoding time) this run got {rate_text(reads['bytes_per_s'])}, "
-        f"with {reads['mean_under_way']:.1f} reads under way of {reads['depth']} allowed. The lines are what this disk gives to random reads: "
-        f"{profile['device']['source']}."
+        f"While reads were under way ({_percent(reads['busy_share'])} of the decoding time) this run got "
+        f"{rate_text(reads['bytes_per_s'])}, with {reads['mean_under_way']:.1f} reads under way of {reads['depth']} allowed. The lines are "
+        f"what this disk gives to random reads: {profile['device']['source']}."
     )
     return _section("Rate of the reads beside the disk's own", text, lines(series, axes, "rates by size of read"))
 
@@ -197,10 +217,22 @@ def _memory(profile: Profile) -> str:
 
 
 def _processes(profile: Profile) -> str:
-    head = ("process", "user s", "system s", "waited for a processor s", "major faults", "minor faults", "switches: own / forced", "read from disk")
+    head = (
+        "process",
+        "user s",
+        "system s",
+        "waited for a processor s",
+        "major faults",
+        "minor faults",
+        "switches: own / forced",
+        "read from disk",
+    )
     rows = []
     for name, process in profile["processes"].items():
-        last = {key: next((value for value in reversed(values) if value is not None), None) for key, values in process["samples"].items()}
+        last = {
+            key: next((value for value in reversed(values) if value is not None), None)
+            for key, values in process["samples"].items()
+        }
         cells = (
             f"{name} ({process['pid']})", f"{last['user_s']:.2f}", f"{last['system_s']:.2f}", _or_dash(last["queue_wait_s"], "{:.2f}"),
             f"{last['major_faults']}", f"{last['minor_faults']}",
@@ -213,7 +245,9 @@ def _processes(profile: Profile) -> str:
     share = profile["engine_queue_wait_share"]
     text = "Totals since each process began, as last seen."
     if share is not None:
-        text += f" When the engine's threads were ready to run, they stood in line for a processor for {_percent(share)} of the time."
+        text += (
+            f" When the engine's threads were ready to run, they stood in line for a processor for {_percent(share)} of the time."
+        )
     return _section("Processes", text, table if rows else nothing(), wide=True)
 
 
@@ -233,7 +267,13 @@ def _working_set(profile: Profile) -> str:
         for style, layer in enumerate(layers)
     ]
     ticks = sorted({point["tokens"] for point in points}) or None
-    axes = Axes(x_label="the last k tokens", y_label="neurons named", y_text=lambda share: f"{100 * share:.3g} %", log_x=True, x_ticks=ticks)
+    axes = Axes(
+        x_label="the last k tokens",
+        y_label="neurons named",
+        y_text=lambda share: f"{100 * share:.3g} %",
+        log_x=True,
+        x_ticks=ticks,
+    )
     text = (
         "How many of a layer's neurons the last k tokens named together: where the curve flattens, a cache of that size finds most of the "
         f"next token's. Of {len(layers)} layers, the last {profile['working_set_steps']} steps."
@@ -245,17 +285,23 @@ def _predictor(profile: Profile) -> str:
     recall = profile["predictor_recall"]
     if recall is None:
         why = "Not measured in this run: it takes --predictor exact, which knows the truth, on a store that has a predictor. "
-        return _section("Recall of the predictor", why + "`inflash eval` measures it on a text.", nothing(f"Predictor: {profile['predictor']}."))
+        return _section(
+            "Recall of the predictor",
+            why + "`inflash eval` measures it on a text.",
+            nothing(f"Predictor: {profile['predictor']}."),
+        )
     points = [(float(place), layer["recall"]) for place, layer in enumerate(recall["layers"])]
     axes = Axes(
         x_label="layer", y_label="recall", y_text=_percent, top=1, x_ticks=range(len(points)),
         x_text=lambda place: str(recall["layers"][int(place)]["layer"]) if 0 <= place < len(points) else "",
     )  # fmt: skip
     text = (
-        f"Of the neurons that were active, how many the predictor {recall['name']!r} would have named, in {recall['steps']} steps; it names "
-        f"{recall['named_per_active']:.2f} neurons for each active one."
+        f"Of the neurons that were active, how many the predictor {recall['name']!r} would have named, in {recall['steps']} steps. "
+        f"It names {recall['named_per_active']:.2f} neurons for each active one."
     )
-    return _section("Recall of the predictor", text, stacked_bars([Series(name="", points=points, style=4)], axes, "recall by layer"))
+    return _section(
+        "Recall of the predictor", text, stacked_bars([Series(name="", points=points, style=4)], axes, "recall by layer")
+    )
 
 
 def _energy(profile: Profile) -> str:
@@ -263,11 +309,12 @@ def _energy(profile: Profile) -> str:
     parts = list(energy["joules"].items())
     if energy["estimated"]:
         text = (
-            f"An estimate, as this machine's meters cannot be read: {energy['joules_per_token']:.3g} J a decoded token, from the bytes read "
-            f"and the operations. Its constants: {energy['constants']}."
+            f"An estimate, as this machine's meters cannot be read: {energy['joules_per_token']:.3g} J a decoded token, from the bytes "
+            f"read and the operations. Its constants: {energy['constants']}."
         )
     else:
-        text = f"Read from the machine's meters, over the whole run and everything on the machine: {energy['joules_per_token']:.3g} J a token."
+        each = f"{energy['joules_per_token']:.3g} J a token"
+        text = f"Read from the machine's meters, over the whole run and everything on the machine: {each}."
     chart = split_bar(parts, lambda value: f"{value:.3g} J", "energy by part") if energy["total_joules"] else nothing()
     return _section("Energy", text, chart)
 

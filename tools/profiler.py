@@ -19,6 +19,7 @@ from typing import Any
 
 from ..errors import InflashError
 from ..pipeline.live import LiveCounters, LiveReader
+from ..pipeline.step_times import StepTimes
 from ..pipeline.trace_area import TraceArea
 from ..storage.store import Store, open_store
 from . import arguments as flags
@@ -27,7 +28,7 @@ from .process_sampler import ProcessSampler
 from .profile_arguments import engine_words, sampling_words
 
 SAMPLE_EVERY_S = 0.2
-_MOST_LOADERS = 16  # that have room in the trace, where no larger number was asked for
+_MOST_LOADERS = 16  # that have room in the trace, where no more were asked for
 _KILLED = 1
 
 
@@ -41,10 +42,11 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InflashError(f"{arguments.output}: this folder cannot be made: {error.strerror}") from error
-    watch = Watch(store, max(_MOST_LOADERS, options.loaders))
+    print(f"profiling: inflash {shlex.join(words)}", file=sys.stderr)
+    watch = Watch(store, options.loaders)
     try:
         code = watch.run(words, arguments.output / "jax-trace" if arguments.jax_trace else None)
-        if not watch.area.process_ids():
+        if not len(watch.area.read(0).records):
             return exit_code(code)  # it never came to a model, and has said why
         sentences = write_outputs(arguments.output, store, watch, words, device)
     finally:
@@ -85,7 +87,9 @@ def _read_device(file: Path | None) -> dict[str, Any] | None:
     except OSError as error:
         raise InflashError(f"{file}: this file cannot be read: {error.strerror}") from error
     except (ValueError, KeyError, TypeError) as error:
-        raise InflashError(f'{file}: expected an object with "read_curve", a list of size, depth and bytes_per_s: {error!r}') from error
+        raise InflashError(
+            f'{file}: expected an object with "read_curve", a list of size, depth and bytes_per_s: {error!r}'
+        ) from error
     return {"source": str(file), "read_curve": curve}
 
 
@@ -102,9 +106,9 @@ class Watch:
       own_cpu_s: CPU time that watching took.
     """
 
-    def __init__(self, store: Store, most_loaders: int) -> None:
+    def __init__(self, store: Store, loaders: int) -> None:
         config = store.config
-        self.area = TraceArea.make(num_writers=1 + most_loaders, num_layers=config.num_layers, d_ff=config.d_ff)
+        self.area = TraceArea.make(num_writers=1 + max(_MOST_LOADERS, loaders), num_layers=config.num_layers, d_ff=config.d_ff)
         self.sampler, self.meter, self.origin_ns, self.code, self.own_cpu_s = ProcessSampler(), PowerMeter(), 0, 0, 0.0
         self.about: dict[str, Any] | None = None
         self.counters: LiveCounters | None = None
@@ -118,35 +122,44 @@ class Watch:
           jax_trace: folder of a trace of XLA's.
           options: for `subprocess.Popen`.
         """
-        how = {"descriptor": self.area.descriptor, "jax_trace": str(jax_trace) if jax_trace else None, "words": words}
-        print(f"profiling: inflash {shlex.join(words)}", file=sys.stderr)
         began = os.times()
+        process = self.start(words, jax_trace, **options)
+        with _handing_on_signals(process):
+            while process.poll() is None:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(SAMPLE_EVERY_S)
+                self.look()
+        self.code, ended = process.returncode, os.times()
+        self.own_cpu_s = ended.user - began.user + ended.system - began.system
+        return self.code
+
+    def start(self, words: list[str], jax_trace: Path | None = None, **options: Any) -> subprocess.Popen:
+        """Starts a command line whose processes record into `area`; see `run`."""
+        how = {"descriptor": self.area.descriptor, "jax_trace": str(jax_trace) if jax_trace else None, "words": words}
         self.origin_ns = time.perf_counter_ns()
-        process = subprocess.Popen(
+        return subprocess.Popen(
             [sys.executable, "-P", "-m", "inflash.tools.profiled_run", json.dumps(how)],
             pass_fds=(self.area.descriptor,),
             env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
             **options,
         )
-        with _handing_on_signals(process):
-            while process.poll() is None:
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(SAMPLE_EVERY_S)
-                self._look()
-        self.code, ended = process.returncode, os.times()
-        self.own_cpu_s = ended.user - began.user + ended.system - began.system
-        return self.code
 
-    def _look(self) -> None:
+    def look(self) -> None:
+        """Takes a sample of every process, and what the engine shows."""
         pids = self.area.process_ids()
         self.sampler.sample({"engine" if number == 0 else f"loader {number - 1}": pid for number, pid in pids.items()})
         self.meter.update()
-        if self._reader is None and 0 in pids:
+        self.step_times()
+
+    def step_times(self) -> StepTimes | None:
+        """The engine's totals of now; None: it is not there yet."""
+        if self._reader is None and 0 in (pids := self.area.process_ids()):
             with contextlib.suppress(InflashError):  # it has no engine yet
                 self._reader = LiveReader(pids[0])
                 self.about = self._reader.about
         if self._reader is not None:
             self.counters = self._reader.read()
+        return self.counters.times if self.counters else None
 
 
 @contextlib.contextmanager

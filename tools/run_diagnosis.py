@@ -55,7 +55,8 @@ def _deeper(reads: dict[str, Any], curve: Sequence[dict[str, Any]]) -> list[str]
         return ["raise --queue-depth"] if reads["depth"] < 32 else []
     rate, point = best
     if reads["bytes_per_s"] < _SHALLOW * rate and reads["depth"] < point["depth"]:
-        return [f"raise --queue-depth from {reads['depth']} to {point['depth']} (up to {rate / max(reads['bytes_per_s'], 1):.1f} times the rate)"]
+        times = rate / max(reads["bytes_per_s"], 1)
+        return [f"raise --queue-depth from {reads['depth']} to {point['depth']} (up to {times:.1f} times the rate)"]
     return []
 
 
@@ -76,7 +77,9 @@ def _more_cache(profile: dict[str, Any]) -> list[str]:
         return ["use --ffn sparse, which reads predicted neurons only"]
     if share is None or share >= 1:
         return []
-    return [f"keep more neurons in memory: {100 * rate:.0f} % of those named were in a cache of {100 * share:.0f} % (--cache-neurons)"]
+    return [
+        f"keep more neurons in memory: {100 * rate:.0f} % of those named were in a cache of {100 * share:.0f} % (--cache-neurons)"
+    ]
 
 
 def _memory_bound(profile: dict[str, Any]) -> tuple[str, str]:
@@ -93,7 +96,9 @@ def _memory_bound(profile: dict[str, Any]) -> tuple[str, str]:
 def _compute_bound(profile: dict[str, Any]) -> tuple[str, str]:
     moved = profile["traffic"]["dram_bytes_per_step"]
     rate = moved / max(profile["token"]["compute_ms"] / 1e3, 1e-9)
-    because = f"It reads about {moved / 2**30:.2f} GiB of weights from memory a token, {rate_text(rate)} over the time of computing"
+    because = (
+        f"It reads about {moved / 2**30:.2f} GiB of weights from memory a token, {rate_text(rate)} over the time of computing"
+    )
     because += f", and the disk was busy {100 * profile['reads']['busy_share']:.0f} % of the time."
     remedies = []
     if (waiting := _queue_wait(profile)) is not None:
@@ -133,4 +138,6 @@ def rate_text(bytes_per_s: float) -> str:
 
 
 def size_text(num_bytes: float) -> str:
+    if num_bytes >= 2**30:
+        return f"{num_bytes / 2**30:.2f} GiB"
     return f"{num_bytes / 2**20:.1f} MiB" if num_bytes >= 2**20 else f"{num_bytes / 1024:.0f} KiB"

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from html import escape
 
 WIDTH, HEIGHT = 480, 250
-_LEFT, _RIGHT, _TOP, _BOTTOM = 54, 12, 10, 40
+_LEFT, _RIGHT, _TOP, _BOTTOM = 66, 12, 10, 40
 _MOST_TITLES = 160  # points of a line that can be hovered over
 
 
@@ -68,8 +68,9 @@ def lines(series: Sequence[Series], axes: Axes, name: str) -> str:
             shape = "mark" if one.marks else "dot"
             for (x, y), (value, amount) in zip(places, one.points, strict=True):
                 title = escape(f"{one.name}: {axes.y_text(amount)} at {axes.x_text(value)}")
-                body.append(f'<circle class="{shape} c{one.style}" cx="{x:.1f}" cy="{y:.1f}" r="{5 if one.marks else 2.5}"><title>{title}</title></circle>')
-    return _figure(body, name) + legend(series)
+                circle = f'class="{shape} c{one.style}" cx="{x:.1f}" cy="{y:.1f}" r="{5 if one.marks else 2.5}"'
+                body.append(f"<circle {circle}><title>{title}</title></circle>")
+    return _figure(body, name) + legend(series, bars=False)
 
 
 def stacked_bars(series: Sequence[Series], axes: Axes, name: str) -> str:
@@ -90,30 +91,32 @@ def stacked_bars(series: Sequence[Series], axes: Axes, name: str) -> str:
                 f'height="{max(lower - upper, 0):.1f}"><title>{title}</title></rect>'
             )
             bases[at] += amount
-    return _figure(body, name) + legend(series)
+    return _figure(body, name) + legend(series, bars=True)
 
 
 def split_bar(parts: Sequence[tuple[str, float]], text: Callable[[float], str], name: str) -> str:
-    """One horizontal bar cut into parts, each labelled where there is room."""
+    """One horizontal bar cut into parts; the legend has their amounts. The style sheet stretches it."""
     total = sum(amount for _, amount in parts) or 1.0
     body, at = [], 0.0
     for style, (part, amount) in enumerate(parts):
         width = WIDTH * amount / total
         title = escape(f"{part}: {text(amount)}, {100 * amount / total:.0f} %")
-        body.append(f'<rect class="bar c{style}" x="{at:.1f}" y="2" width="{width:.1f}" height="40"><title>{title}</title></rect>')
-        if width > 46:
-            body.append(f'<text class="inside t{style}" x="{at + width / 2:.1f}" y="27" text-anchor="middle">{escape(text(amount))}</text>')
+        body.append(
+            f'<rect class="bar c{style}" x="{at:.1f}" y="0" width="{width:.1f}" height="40"><title>{title}</title></rect>'
+        )
         at += width
-    picture = f'<svg viewBox="0 0 {WIDTH} 44" role="img" aria-label="{escape(name)}">{"".join(body)}</svg>'
-    return picture + legend([Series(name=f"{part} {100 * amount / total:.0f} %", points=(), style=style) for style, (part, amount) in enumerate(parts)])
+    shape = f'class="split" viewBox="0 0 {WIDTH} 40" preserveAspectRatio="none"'
+    picture = f'<svg {shape} role="img" aria-label="{escape(name)}">{"".join(body)}</svg>'
+    named = [f"{part}: {text(amount)}, {100 * amount / total:.0f} %" for part, amount in parts]
+    return picture + legend([Series(name=words, points=(), style=style) for style, words in enumerate(named)], bars=True)
 
 
-def legend(series: Sequence[Series]) -> str:
+def legend(series: Sequence[Series], *, bars: bool) -> str:
     named = [one for one in series if one.name]
     if not named:
         return ""
     items = "".join(
-        f'<li><svg viewBox="0 0 22 10" aria-hidden="true">{_key(one)}</svg>{escape(one.name)}</li>' for one in named
+        f'<li><svg viewBox="0 0 22 10" aria-hidden="true">{_key(one, bars=bars)}</svg>{escape(one.name)}</li>' for one in named
     )
     return f'<ul class="legend">{items}</ul>'
 
@@ -122,14 +125,24 @@ def nothing(why: str = "There is nothing to draw: this run had none of it.") -> 
     return f'<p class="empty">{escape(why)}</p>'
 
 
-def _key(one: Series) -> str:
+def _key(one: Series, *, bars: bool) -> str:
     if one.marks:
         return f'<circle class="mark c{one.style}" cx="11" cy="5" r="4.5"/>'
-    return f'<rect class="bar c{one.style}" x="0" y="0" width="22" height="10"/>'
+    if bars:
+        return f'<rect class="bar c{one.style}" x="0" y="0" width="22" height="10"/>'
+    return f'<line class="line c{one.style}" x1="0" x2="22" y1="5" y2="5"/>'
 
 
 def _figure(body: Sequence[str], name: str) -> str:
     return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(name)}">{"".join(body)}</svg>'
+
+
+def _rule(kind: str, y: float) -> str:
+    return f'<line class="{kind}" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
+
+
+def _words(kind: str, text: str, place: str) -> str:
+    return f'<text class="{kind}" {place}>{escape(text)}</text>'
 
 
 class _Scale:
@@ -158,14 +171,15 @@ class _Scale:
         axes, parts = self._axes, []
         for value in self._y_ticks():
             y = self.y(value)
-            parts.append(f'<line class="grid" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-            parts.append(f'<text class="tick" x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{escape(axes.y_text(value))}</text>')
+            parts.append(_rule("grid", y))
+            parts.append(_words("tick", axes.y_text(value), f'x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end"'))
         for value in self._x_ticks():
-            parts.append(f'<text class="tick" x="{self.x(value):.1f}" y="{HEIGHT - _BOTTOM + 16}" text-anchor="middle">{escape(axes.x_text(value))}</text>')
-        parts.append(f'<line class="axis" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{HEIGHT - _BOTTOM}" y2="{HEIGHT - _BOTTOM}"/>')
-        middle = (_LEFT + WIDTH - _RIGHT) / 2
-        parts.append(f'<text class="label" x="{middle}" y="{HEIGHT - 6}" text-anchor="middle">{escape(axes.x_label)}</text>')
-        parts.append(f'<text class="label" transform="translate(12 {(_TOP + HEIGHT - _BOTTOM) / 2}) rotate(-90)" text-anchor="middle">{escape(axes.y_label)}</text>')
+            place = f'x="{self.x(value):.1f}" y="{HEIGHT - _BOTTOM + 16}" text-anchor="middle"'
+            parts.append(_words("tick", axes.x_text(value), place))
+        parts.append(_rule("axis", HEIGHT - _BOTTOM))
+        across, up = (_LEFT + WIDTH - _RIGHT) / 2, (_TOP + HEIGHT - _BOTTOM) / 2
+        parts.append(_words("label", axes.x_label, f'x="{across}" y="{HEIGHT - 6}" text-anchor="middle"'))
+        parts.append(_words("label", axes.y_label, f'transform="translate(12 {up}) rotate(-90)" text-anchor="middle"'))
         return "".join(parts)
 
     def _y_ticks(self) -> list[float]:
