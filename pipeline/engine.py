@@ -8,9 +8,9 @@ The letters are those of the drawing in docs/architecture.md.
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import jax
 import numpy as np
@@ -30,7 +30,7 @@ from .feed_forward import (
 )
 from .fixed_shapes import CHUNK_SIZES, SMALLEST_CAPACITY, Chunk, capacity_for, doublings, fitting, split_prompt
 from .host_memory import check_fits
-from .live import LivePage
+from .live import LivePage, about_run
 from .loader_pool import LoaderPool
 from .matrix_source import MatrixSource, ResidentMatrices, StreamedMatrices
 from .memory_parts import kv_cache_bytes, memory_parts, skipped_names
@@ -45,6 +45,7 @@ from .predictors import (
     choose_prefetch,
     predict_and_guess,
 )
+from .recall_probe import RecallProbe
 from .slab import Slab, SlabPlan
 from .step_times import StepTimes
 from .trace import ATTENTION, COMPILE, HEAD, LAYER, PREDICT, PROMPT, START, STEP, recorder
@@ -78,12 +79,13 @@ class Engine:
         Raises:
           InflashError: the options do not fit the store, or memory is too small for them; nothing was started then.
         """
-        native = native_library.choose()  # before anything is traced
+        self._native = native_library.choose()  # before anything is traced
         self.store, self.config, self.options = store, store.config, options
-        self.times, self._trace, self._kernels = StepTimes(), recorder(), "native" if native else "xla"
+        self.times, self._trace = StepTimes(), recorder()
         self.num_seqs = self.capacity = 0
         self._closed, self._broken, self._split_rows = False, False, split_rows
         self._live: LivePage | None = None
+        self._recall: RecallProbe | None = None
         self.compute = compute_dtype(options.compute_dtype, store.dtype)
         self.shape = LayerShape(
             num_heads=store.config.num_heads,
@@ -127,17 +129,13 @@ class Engine:
         try:
             for part in {id(part): part for part in (naive, self.prompt_ffn, self._decode_ffn) if part}.values():
                 part.bind(self._slab, self._pool)
-            self._live = LivePage(self._about(), self._pool.counter_places)
+            about = about_run(self.store, options, self.predictor_name, self.prefetch_name, native=self._native)
+            self._live = LivePage(about, self._pool.counter_places)
             self._predictor = self._make_predictor()
             self._ahead = self._load_predictor(self.prefetch_name) if self.prefetch_name else None
         except BaseException:
             self.close()
             raise
-
-    def _about(self) -> dict[str, Any]:
-        """What others may want to know of this engine, see `LivePage`."""
-        names = {"model": str(self.store.path), "predictor": self.predictor_name, "prefetch": self.prefetch_name}
-        return {**names, "kernels": self._kernels, "options": asdict(self.options)}
 
     def _make_feed_forward(self, plan: SlabPlan) -> tuple[FeedForward, FeedForward]:
         """For prompts and for decoding steps."""
@@ -158,6 +156,7 @@ class Engine:
             predictor: Predictor = AllNeurons(self.config.d_ff)
         elif self.predictor_name == "exact":
             predictor = ExactPredictor(self.weights, self.prompt_ffn.up_rows)
+            self._recall = RecallProbe(self.store, self._trace)
         else:
             predictor = self._load_predictor(self.predictor_name)
         self._decode_ffn.observe(self.times)
@@ -232,6 +231,8 @@ class Engine:
                     tile = self._attend_step(layer, x, positions, active, bound)  # A
                     with self._trace.span(PREDICT, layer):
                         tile = self._predicting(layer, tile, before, guess=True)
+                    if self._recall is not None:
+                        self._recall.look(layer, tile)
                     (x,) = self._decode_ffn.add_neurons(layer, [tile])  # B to F
                     x, before = self.after_ffn(layer, x), tile
             return self._head(x)  # H

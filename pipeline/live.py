@@ -9,7 +9,7 @@ import mmap
 import os
 import struct
 import time
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,9 @@ import numpy as np
 
 from .. import __version__
 from ..errors import InflashError
+from ..storage.store import Store
 from .channel import COUNTERS
+from .options import EngineOptions
 from .step_times import StepTimes
 
 _PAGE = 4096
@@ -28,6 +30,22 @@ _values_of = attrgetter(*_TIMES)
 _numbers = struct.Struct(f"<{len(_TIMES)}q")
 _sequence = struct.Struct("<q")
 _ABOUT_AT, _ABOUT_BYTES = 1024, _PAGE - 1024
+
+
+def about_run(
+    store: Store, options: EngineOptions, predictor: str | None, prefetch: str | None, *, native: bool
+) -> dict[str, Any]:
+    """What others may want to know of an engine, in JSON's types: `cache_share` is None where nothing is cached."""
+    d_ff = store.config.d_ff
+    return {
+        "model": str(store.path),
+        "predictor": predictor,
+        "prefetch": prefetch,
+        "kernels": "native" if native else "xla",
+        "queue_depth": options.queue_depth,
+        "cache_share": options.cache_slots(d_ff) / d_ff if options.ffn == "sparse" else None,
+        "options": asdict(options),
+    }
 
 
 class LivePage:

@@ -19,11 +19,11 @@ from .trace_area import NAMED_STEPS, PAGE, PAUSED_AT, RECORD, SIZE_CLASSES, WRIT
 
 KINDS = (
     "start", "compile", "prompt", "step", "layer", "attention", "predict", "named", "look up", "prefetch", "ask", "hits", "misses",
-    "block", "wait", "head", "sampling", "used", "request", "plan", "submit", "read", "complete",
+    "block", "wait", "head", "sampling", "used", "request", "plan", "submit", "read", "complete", "recall",
 )  # fmt: skip
 (
     START, COMPILE, PROMPT, STEP, LAYER, ATTENTION, PREDICT, NAMED, LOOK_UP, PREFETCH, ASK, HITS, MISSES,
-    BLOCK, WAIT, HEAD, SAMPLING, USED, REQUEST, PLAN, SUBMIT, READ, COMPLETE,
+    BLOCK, WAIT, HEAD, SAMPLING, USED, REQUEST, PLAN, SUBMIT, READ, COMPLETE, RECALL,
 ) = range(len(KINDS))  # fmt: skip
 """Kinds of span, and what their values mean (second: the field `flow`):
 
@@ -31,6 +31,7 @@ KINDS = (
   look up: hits; second: misses. prefetch (its layer is the one asked for): neurons asked for; second: neurons guessed.
   ask: entries or bytes asked for; second: the request. used (no duration): second: a request whose bytes the enclosing span uses.
   hits, misses: neurons. block: its number.
+  recall (judging a predictor by the exact one): active neurons that it named << 32 | active ones; second: those that it named.
   request (accepted until done): bytes; second: the request. submit: reads begun. read (waiting for the disk): reads that came back.
 """
 
@@ -53,6 +54,7 @@ class Off:
 
     step = 0
     descriptor: int | None = None
+    sampled: Sequence[int] = ()
     on = False
 
     def span(self, kind: int, layer: int = -1, value: int = 0, flow: int = 0) -> Self:
@@ -86,12 +88,13 @@ class Recorder(Off):
     Attributes:
       step: the decoding step that is noted with every span.
       descriptor: of the area, for processes to inherit.
+      sampled: layers of which more is kept.
     """
 
     on = True
 
     def __init__(self, area: TraceArea, number: int) -> None:
-        self._area, self.descriptor, self.step = area, area.descriptor, 0
+        self._area, self.descriptor, self.sampled, self.step = area, area.descriptor, area.sampled, 0
         self._memory, self._length = area.mapping, area.num_records
         self._ring, self._written = area.region(number) + PAGE, area.region(number) + WRITTEN_AT
         self._next = 0

@@ -3,12 +3,12 @@
 import json
 import os
 import platform
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from .. import __version__
 from ..errors import InflashError
+from ..pipeline.live import about_run
 from ..pipeline.options import EngineOptions
 from ..pipeline.step_times import StepTimes
 from ..pipeline.trace import REQUEST, STEP
@@ -20,12 +20,12 @@ from ..storage.store import Store
 from .bench_io import queue_rate
 from .chrome_trace import write_trace
 from .energy import estimate
-from .profile_figures import engine_figures, read_figures, working_set
+from .profile_figures import engine_figures, read_figures, recall_figures, working_set
 from .profile_report import write_report
 from .profiler import Watch, exit_code
 from .run_diagnosis import limits
 
-_CURVE_SIZES, _CURVE_DEPTHS, _CURVE_S = (4096, 16384, 65536, 262144), (1, 16, 128), 0.15
+_CURVE_SIZES, _CURVE_DEPTHS, _CURVE_S = (4096, 16384, 65536, 262144), (1, 16, 128), 0.15  # and a bundle's own size
 
 
 def write_outputs(folder: Path, store: Store, watch: Watch, words: list[str], device: dict[str, Any] | None) -> list[str]:
@@ -44,8 +44,7 @@ def profile_document(
 ) -> dict[str, Any]:
     """The whole document; docs/cli.md lists its keys."""
     engine, loaders = traces[0], traces[1:]
-    about = watch.about or {"options": asdict(EngineOptions()), "predictor": None, "prefetch": None, "kernels": "unknown"}
-    options = about["options"]
+    about = watch.about or about_run(store, EngineOptions(), None, None, native=False)
     times = watch.counters.times if watch.counters else StepTimes()
     steps = engine.records[engine.records["kind"] == STEP]
     layers, named = watch.area.named_neurons()
@@ -54,7 +53,7 @@ def profile_document(
         "command": words,
         "machine": {"processors": os.cpu_count(), "machine": platform.machine(), "kernel": platform.release()},
         "model": _model(store),
-        "options": options,
+        "options": about["options"],
         "predictor": about["predictor"],
         "prefetch": about["prefetch"],
         "kernels": about["kernels"],
@@ -62,14 +61,14 @@ def profile_document(
         "lost_records": {trace.name: trace.lost for trace in traces},
         "run": times.summary(),
         "sequences": float(steps["value"].mean()) if len(steps) else 0.0,
-        "cache": {"share": _cache_share(store, options)},
+        "cache": {"share": about["cache_share"]},
         **engine_figures(engine.records),
-        "reads": read_figures(engine.records, loaders, options["queue_depth"] * len(loaders)),
+        "reads": read_figures(engine.records, loaders, about["queue_depth"] * len(loaders)),
         "device": device,
         "working_set": working_set(watch.area.sampled, named),
         "working_set_steps": len(layers),
         "processes": watch.sampler.document(watch.origin_ns),
-        "predictor_recall": None,
+        "predictor_recall": recall_figures(engine.records),
         "profiler_cpu_s": watch.own_cpu_s,
     }
     document["engine_queue_wait_share"] = _queue_wait_share(document["processes"].get("engine"))
@@ -92,13 +91,6 @@ def _ending(code: int, loaders: list[WriterTrace]) -> str:
     if code < 0:
         what = f"the engine was ended by signal {-code}"
     return f"{what}; in the middle of a read: {', '.join(unfinished)}" if code and unfinished else what
-
-
-def _cache_share(store: Store, options: dict[str, Any]) -> float | None:
-    """Of each layer's neurons that the cache holds; None: there is no cache."""
-    if options["ffn"] != "sparse":
-        return None
-    return EngineOptions(cache_neurons=options["cache_neurons"]).cache_slots(store.config.d_ff) / store.config.d_ff
 
 
 def _queue_wait_share(engine: dict[str, Any] | None) -> float | None:
@@ -162,7 +154,7 @@ def measure_device(store: Store) -> dict[str, Any]:
     file, size = open_raw_array(store.path / bundles_path(0)).file, store.bundles.layer_bytes
     curve = []
     try:
-        for read in (read for read in _CURVE_SIZES if read <= size):
+        for read in sorted({*(read for read in _CURVE_SIZES if read <= size), -(-store.bundles.bundle_bytes // 4096) * 4096}):
             for depth in _CURVE_DEPTHS:
                 curve.append({"size": read, "depth": depth, "bytes_per_s": queue_rate(file, size, read, depth, _CURVE_S)})
     except (InflashError, OSError) as error:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ..pipeline.trace import HEAD, LAYER, LOOK_UP, MISSES, PREFETCH, PROMPT, READ, REQUEST, SAMPLING, STEP, SUBMIT, WAIT
+from ..pipeline.trace import HEAD, LAYER, LOOK_UP, PREFETCH, PROMPT, READ, RECALL, REQUEST, SAMPLING, STEP, SUBMIT, WAIT
 from ..pipeline.trace_area import WriterTrace
 
 _MOST_POINTS = 512  # of the course
@@ -20,9 +20,7 @@ _MOST_POINTS = 512  # of the course
 def engine_figures(records: np.ndarray) -> dict[str, Any]:
     """The profile's "token", "prompts", "layers" and "course", from the engine's records [n]; unfinished spans are left out."""
     records = records[records["end_ns"] > 0]
-    spans = {
-        kind: records[records["kind"] == kind] for kind in (STEP, LAYER, LOOK_UP, PREFETCH, WAIT, HEAD, SAMPLING, PROMPT, MISSES)
-    }
+    spans = {kind: records[records["kind"] == kind] for kind in (STEP, LAYER, LOOK_UP, PREFETCH, WAIT, HEAD, SAMPLING, PROMPT)}
     steps = spans[STEP]
     parts = _Parts(spans)
     count = max(len(steps), 1)
@@ -194,6 +192,24 @@ def _sizes(loaders: Sequence[WriterTrace]) -> list[dict[str, int]]:
         }
         for size in np.flatnonzero(reads.sum(axis=0)).tolist()
     ]
+
+
+def recall_figures(engine: np.ndarray) -> dict[str, Any] | None:
+    """The profile's "predictor_recall"; None where no predictor was judged."""
+    records = engine[(engine["kind"] == RECALL) & (engine["end_ns"] > 0)]
+    if not len(records):
+        return None
+    both, active, named = records["value"] >> 32, records["value"] & 0xFFFFFFFF, records["flow"]
+    layers = []
+    for layer in np.unique(records["layer"]).tolist():
+        mine = records["layer"] == layer
+        layers.append({"layer": layer, "recall": float(both[mine].sum() / max(active[mine].sum(), 1))})
+    return {
+        "layers": layers,
+        "steps": len(np.unique(records["step"])),
+        "recall": float(both.sum() / max(active.sum(), 1)),
+        "named_per_active": float(named.sum() / max(active.sum(), 1)),
+    }
 
 
 def working_set(layers: Sequence[int], named: np.ndarray) -> list[dict[str, Any]]:

@@ -296,7 +296,7 @@ def _predictor(profile: Profile) -> str:
         x_text=lambda place: str(recall["layers"][int(place)]["layer"]) if 0 <= place < len(points) else "",
     )  # fmt: skip
     text = (
-        f"Of the neurons that were active, how many the predictor {recall['name']!r} would have named, in {recall['steps']} steps. "
+        f"Of the neurons that were active, how many the store's predictor would have named, in {recall['steps']} steps. "
         f"It names {recall['named_per_active']:.2f} neurons for each active one."
     )
     return _section(

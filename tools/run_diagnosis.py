@@ -128,7 +128,7 @@ def best_rate(curve: Sequence[dict[str, Any]], size: float) -> tuple[float, dict
     """The fastest measured point of the size nearest to one (by ratio), and its rate; None: nothing was measured."""
     if not curve or size <= 0:
         return None
-    nearest = min({point["size"] for point in curve}, key=lambda known: max(known / size, size / known))
+    nearest = min(sorted({point["size"] for point in curve}), key=lambda known: max(known / size, size / known))
     point = max((point for point in curve if point["size"] == nearest), key=lambda point: point["bytes_per_s"])
     return point["bytes_per_s"], point
 
