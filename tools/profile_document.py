@@ -25,7 +25,7 @@ from .profile_report import write_report
 from .profiler import Watch, exit_code
 from .run_diagnosis import limits
 
-_CURVE_SIZES, _CURVE_DEPTHS, _CURVE_S = (4096, 16384, 65536, 262144), (1, 16, 128), 0.15  # and a bundle's own size
+_CURVE_SIZES, _CURVE_DEPTHS, _CURVE_S = (4096, 16384, 65536, 262144), (1, 16, 128), 0.08  # and a bundle's own size
 
 
 def write_outputs(folder: Path, store: Store, watch: Watch, words: list[str], device: dict[str, Any] | None) -> list[str]:
@@ -48,6 +48,7 @@ def profile_document(
     times = watch.counters.times if watch.counters else StepTimes()
     steps = engine.records[engine.records["kind"] == STEP]
     layers, named = watch.area.named_neurons()
+    sampled = watch.sampler.document(watch.origin_ns)
     document: dict[str, Any] = {
         "version": __version__,
         "command": words,
@@ -67,7 +68,7 @@ def profile_document(
         "device": device,
         "working_set": working_set(watch.area.sampled, named),
         "working_set_steps": len(layers),
-        "processes": watch.sampler.document(watch.origin_ns),
+        "processes": {trace.name: sampled[trace.name] for trace in traces if trace.name in sampled},
         "predictor_recall": recall_figures(engine.records),
         "profiler_cpu_s": watch.own_cpu_s,
     }
@@ -152,11 +153,12 @@ def _energy(watch: Watch, document: dict[str, Any]) -> dict[str, Any]:
 def measure_device(store: Store) -> dict[str, Any]:
     """A short curve of random reads of the store's own first layer, past the page cache; empty where that is refused."""
     file, size = open_raw_array(store.path / bundles_path(0)).file, store.bundles.layer_bytes
-    curve = []
+    curve: list[dict[str, Any]] = []
     try:
         for read in sorted({*(read for read in _CURVE_SIZES if read <= size), -(-store.bundles.bundle_bytes // 4096) * 4096}):
             for depth in _CURVE_DEPTHS:
-                curve.append({"size": read, "depth": depth, "bytes_per_s": queue_rate(file, size, read, depth, _CURVE_S)})
+                rate = max(queue_rate(file, size, read, depth, _CURVE_S) for _ in range(2))  # what disturbs one spares the other
+                curve.append({"size": read, "depth": depth, "bytes_per_s": rate})
     except (InflashError, OSError) as error:
         return {"source": f"not measured: {error}", "read_curve": []}
     return {"source": "measured after the run", "read_curve": curve}

@@ -132,6 +132,9 @@ def read_figures(engine: np.ndarray, loaders: Sequence[WriterTrace], depth: int)
       depth: reads that all of them together may have under way.
     """
     steps = engine[(engine["kind"] == STEP) & (engine["end_ns"] > 0)]
+    # Steps whose reads newer ones have replaced in the ring would look as if nothing had been read.
+    known_since = max((int(trace.records["begin_ns"][0]) for trace in loaders if trace.lost), default=0)
+    steps = steps[steps["begin_ns"] >= known_since]
     step_ns = float(_lengths(steps).sum())
     times, under_way = _under_way(loaders)
     in_flight_ns, busy_ns = _integral(times, under_way, steps), _integral(times, (under_way > 0).astype(np.int64), steps)

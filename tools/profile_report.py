@@ -93,7 +93,7 @@ def _layers(profile: Profile) -> str:
         Series(name=name, points=[(layer["layer"], layer[key]) for layer in profile["layers"]], style=style)
         for style, (name, key) in enumerate(_PARTS)
     ]
-    axes = Axes(x_label="layer", y_label="ms a token", y_text=lambda value: f"{value:.2g}")
+    axes = Axes(x_label="layer", y_label="ms a token")
     text = (
         "A layer's compute shows where the engine waits for it: attention and predictor in the layer itself, the neurons that were read "
         "in the next."
@@ -107,7 +107,7 @@ def _course(profile: Profile) -> str:
     series = [
         Series(name=name, points=list(zip(course["step"], course[key], strict=True)), style=style) for name, key, style in named
     ]
-    axes = Axes(x_label="step", y_label="ms", y_text=lambda value: f"{value:.3g}")
+    axes = Axes(x_label="step", y_label="ms")
     return _section(
         "Time, step by step", "The first steps fill the cache, and are slower.", lines(series, axes, "time of each step")
     )
@@ -192,7 +192,7 @@ def _cpu(profile: Profile) -> str:
         samples = process["samples"]
         at, cpu = np.array(samples["at_s"]), np.array(samples["user_s"]) + np.array(samples["system_s"])
         series.append(Series(name=name, points=_slopes(at, cpu), style=style % _COLOURS))
-    axes = Axes(x_label="seconds since the start", y_label="processors", y_text=lambda value: f"{value:.3g}", top=1)
+    axes = Axes(x_label="seconds since the start", y_label="processors", top=1)
     text = "How many processors each process kept busy."
     return _section("Processors", text, lines([one for one in series if one.points], axes, "processors by process over time"))
 
@@ -211,7 +211,7 @@ def _memory(profile: Profile) -> str:
         samples = process["samples"]
         known = [(at, size / 2**30) for at, size in zip(samples["at_s"], samples["pss_bytes"], strict=True) if size is not None]
         series.append(Series(name=name, points=known, style=style % _COLOURS))
-    axes = Axes(x_label="seconds since the start", y_label="GiB", y_text=lambda value: f"{value:.3g}")
+    axes = Axes(x_label="seconds since the start", y_label="GiB")
     text = "Proportional set size: pages that several processes map, such as the neuron cache, are divided among them."
     return _section("Memory", text, lines([one for one in series if one.points], axes, "memory by process over time"))
 
@@ -316,9 +316,9 @@ def _energy(profile: Profile) -> str:
         each = f"{energy['joules_per_token']:.3g} J a token"
         text = f"Read from the machine's meters, over the whole run and everything on the machine: {each}."
     chart = split_bar(parts, lambda value: f"{value:.3g} J", "energy by part") if energy["total_joules"] else nothing()
-    return _section("Energy", text, chart)
+    return _section("Energy", text, chart, wide=True)
 
 
 _SECTIONS: Sequence[Any] = (
-    _token, _layers, _course, _rates, _sizes, _hit_rate, _working_set, _cpu, _memory, _processes, _predictor, _energy,
+    _token, _layers, _course, _rates, _sizes, _hit_rate, _working_set, _predictor, _cpu, _memory, _processes, _energy,
 )  # fmt: skip

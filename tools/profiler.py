@@ -140,6 +140,7 @@ class Watch:
         return subprocess.Popen(
             [sys.executable, "-P", "-m", "inflash.tools.profiled_run", json.dumps(how)],
             pass_fds=(self.area.descriptor,),
+            process_group=0,  # a terminal's Ctrl-C comes once, from here
             env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
             **options,
         )
@@ -164,10 +165,10 @@ class Watch:
 
 @contextlib.contextmanager
 def _handing_on_signals(process: subprocess.Popen) -> Iterator[None]:
-    """Ctrl-C reaches the child by itself and a SIGTERM is handed on: what was recorded is written in either case."""
+    """Ctrl-C and SIGTERM end the child, in its own way; what was recorded is written afterwards."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    signal.signal(signal.SIGINT, lambda *_: None)
-    signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+    for number in before:
+        signal.signal(number, lambda received, _: process.send_signal(received))
     try:
         yield
     finally:

@@ -38,7 +38,7 @@ def _io_bound(profile: dict[str, Any]) -> tuple[str, str]:
     now = (
         f"The loaders had reads under way {100 * reads['busy_share']:.0f} % of the time, {reads['mean_under_way']:.1f} at once of "
         f"{reads['depth']} allowed, of {size_text(reads['mean_bytes'])} each, and got {rate_text(reads['bytes_per_s'])} for the "
-        f"{reads['bytes_per_step'] / 2**20:.1f} MiB that a token missed"
+        f"{size_text(reads['bytes_per_step'])} that a token missed"
     )
     curve = profile["device"]["read_curve"]
     remedies = [*_deeper(reads, curve), *_larger(reads, curve), *_more_cache(profile)]

@@ -44,12 +44,23 @@ class Axes:
 
     x_label: str
     y_label: str
-    x_text: Callable[[float], str] = lambda value: f"{value:g}"
-    y_text: Callable[[float], str] = lambda value: f"{value:g}"
+    x_text: Callable[[float], str] = lambda value: plain(value)
+    y_text: Callable[[float], str] = lambda value: plain(value)
     log_x: bool = False
     log_y: bool = False
     top: float | None = None
     x_ticks: Sequence[float] | None = None
+
+
+def plain(value: float) -> str:
+    """Three digits at least, and never an exponent."""
+    return (
+        f"{value:.0f}"
+        if abs(value) >= 100
+        else f"{value:.3g}"
+        if abs(value) >= 0.001 or not value
+        else f"{value:.6f}".rstrip("0")
+    )
 
 
 def lines(series: Sequence[Series], axes: Axes, name: str) -> str:

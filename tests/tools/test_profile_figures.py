@@ -1,5 +1,6 @@
 """What spans add up to, beside the plain way of counting it."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -103,6 +104,13 @@ def test_reads_are_those_of_decoding_steps() -> None:
         {"up_to_bytes": 1 << 20, "picked": 0, "picked_bytes": 0, "in_order": 4, "in_order_bytes": 16384},
     ]
     assert read_figures(step, [], 0)["bytes_per_s"] == 0.0
+
+
+def test_steps_whose_reads_are_lost_do_not_count() -> None:
+    steps = records((trace.STEP, 10, 20, -1, 0, 1, 0), (trace.STEP, 30, 40, -1, 1, 1, 0))
+    kept = loader((trace.SUBMIT, 30, 30, -1, 0, 1, 0), (trace.READ, 30, 40, -1, 0, 1, 0))
+    assert read_figures(steps, [kept], 1)["busy_share"] == pytest.approx(0.5)
+    assert read_figures(steps, [replace(kept, lost=3)], 1)["busy_share"] == pytest.approx(1)
 
 
 def test_the_working_set_is_the_union_over_windows() -> None:
