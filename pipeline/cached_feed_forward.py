@@ -126,7 +126,7 @@ class CachedFeedForward:
                 total = self._gather(layer, *ready, total, tile)
         self._pool.wait(ticket if prefetch is None else (*prefetch.ticket, *ticket))
         if not self._overlap:
-            late = tuple(np.concatenate(parts) for parts in zip(ready, late, strict=True))
+            late = np.concatenate((ready[0], late[0])), np.concatenate((ready[1], late[1]))
         with self._trace.span(MISSES, layer, len(late[0])):
             return self._gather(layer, *late, total, tile)
 

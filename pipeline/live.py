@@ -135,9 +135,13 @@ class LiveReader:
             if before % 2 == 0 and _sequence.unpack_from(self._page, 0)[0] == before:
                 break
             time.sleep(0.0001)
-        loaders = {pid: dict(zip(COUNTERS, counters.tolist(), strict=True)) for pid, counters in self._counters.items()}
+        loaders = {pid: _by_name(counters) for pid, counters in self._counters.items()}
         times = StepTimes(**dict(zip(_TIMES, values, strict=True)))
         return LiveCounters(at_ns=time.perf_counter_ns(), times=times, loaders=loaders)
+
+
+def _by_name(counters: np.ndarray) -> dict[str, int]:
+    return dict(zip(COUNTERS, counters.tolist(), strict=True))
 
 
 def running_engines() -> list[int]:

@@ -35,5 +35,5 @@ class RecallProbe:
         with self._trace.span(RECALL, layer):
             named = np.asarray(self._layers[layer].predict(tile.ffn_in))[tile.active]
             truth = np.asarray(tile.predicted)[tile.active]
-            both, active = np.count_nonzero(named & truth), np.count_nonzero(truth)
-            self._trace.tell(both << 32 | active, np.count_nonzero(named))
+            both, active = int(np.count_nonzero(named & truth)), int(np.count_nonzero(truth))
+            self._trace.tell(both << 32 | active, int(np.count_nonzero(named)))

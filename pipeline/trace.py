@@ -98,7 +98,7 @@ class Recorder(Off):
         self._memory, self._length = area.mapping, area.num_records
         self._ring, self._written = area.region(number) + PAGE, area.region(number) + WRITTEN_AT
         self._next = 0
-        self._open: list[list[int]] = []  # [number, value, flow] of the spans around this one
+        self._open: list[list[int]] = []  # [number, value, flow, whether it computes] of the spans around this one
         self._arrived: list[tuple[int, int]] = []  # requests that are done and not used yet
         self._header = area.writer_header(number)
         self._header["pid"] = os.getpid()
@@ -121,17 +121,18 @@ class Recorder(Off):
 
     def span(self, kind: int, layer: int = -1, value: int = 0, flow: int = 0) -> Self:
         """Begins a span that ends with the `with` block."""
-        self._open.append([self.begin(kind, layer, value, flow), value, flow])
-        if kind in _COMPUTING and self._arrived:
-            self._use(layer)
+        computes = kind in _COMPUTING
+        self._open.append([self.begin(kind, layer, value, flow), value, flow, computes])
+        if computes and self._arrived:
+            self._use()
         return self
 
     def tell(self, value: int, flow: int = 0) -> None:
         """What the innermost open span is to say when it ends."""
-        self._open[-1][1:] = value, flow
+        self._open[-1][1:3] = value, flow
 
     def arrived(self, ticket: Sequence[tuple[int, int]]) -> None:
-        """These requests (loader, number) are done, and the next computation uses them."""
+        """These requests (loader, number) are done, and this computation, or the next one, uses them."""
         self._arrived.extend(ticket)
 
     def names(self, layer: int, neuron_ids: np.ndarray) -> None:
@@ -155,13 +156,15 @@ class Recorder(Off):
         """The region of a loader; -1: there is none left."""
         return loader + 1 if loader + 1 < self._area.num_writers else -1
 
-    def _use(self, layer: int) -> None:
+    def _use(self) -> None:
         for loader, request in self._arrived:
-            self.end(self.begin(USED, layer), 0, flow_of(loader, request))
+            self.end(self.begin(USED), 0, flow_of(loader, request))
         self._arrived.clear()
 
     def __exit__(self, *_: object) -> None:
-        number, value, flow = self._open.pop()
+        number, value, flow, computes = self._open.pop()
+        if computes and self._arrived:  # in naive mode a layer's matrices arrive inside of its span
+            self._use()
         self.end(number, value, flow)
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from inflash.errors import RunError
 from inflash.pipeline import trace
-from inflash.pipeline.trace import ASK, HITS, LAYER, LOOK_UP, OFF, READ, STEP, USED, Recorder, flow_of
+from inflash.pipeline.trace import ASK, ATTENTION, HITS, LAYER, LOOK_UP, OFF, READ, STEP, USED, WAIT, Recorder, flow_of
 from inflash.pipeline.trace_area import NAMED_STEPS, TraceArea
 
 WRITER = """
@@ -93,9 +93,20 @@ def test_a_request_leads_to_the_next_computation_and_only_to_that(area: TraceAre
             pass
     records = area.read(0).records
     used = records[records["kind"] == USED]
-    assert used["flow"].tolist() == [flow_of(1, 12), flow_of(0, 4)] and used["layer"].tolist() == [0, 0]
+    assert used["flow"].tolist() == [flow_of(1, 12), flow_of(0, 4)]
     hits = records[records["kind"] == HITS][0]
     assert (used["begin_ns"] > hits["begin_ns"]).all() and (used["begin_ns"] < hits["end_ns"]).all()
+
+
+def test_a_request_that_arrives_inside_of_a_computation_is_used_by_it(area: TraceArea) -> None:
+    recorder = Recorder(area, 0)
+    with recorder.span(ATTENTION, 0), recorder.span(WAIT):
+        recorder.arrived([(0, 4)])
+    with recorder.span(HITS, 0):
+        pass
+    records = area.read(0).records
+    assert records["kind"].tolist() == [ATTENTION, WAIT, USED, HITS]
+    assert records["begin_ns"][2] <= records["end_ns"][0]
 
 
 def test_what_was_going_on_when_a_process_was_killed_is_there(area: TraceArea) -> None:

@@ -17,9 +17,10 @@ def test_a_busy_process_is_seen_to_work() -> None:
     try:
         assert process.stdout is not None and process.stdout.readline()
         sampler, end = ProcessSampler(), time.monotonic() + 30
+        sampler.sample({"busy": process.pid})
+        seen = sampler.samples["busy"]
         while time.monotonic() < end:
             sampler.sample({"busy": process.pid})
-            seen = sampler.samples["busy"]
             if seen[-1].user_s > seen[0].user_s and seen[-1].rss_bytes > 64 << 20 and len(seen) >= 3:
                 break
             time.sleep(0.02)

@@ -57,7 +57,7 @@ def words(store: Store, device: Path, output: Path, prompt_ids: str, **body: Any
 def finished(store: Store, device: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("finished") / "profile"
     command = words(store, device, output, "[5, 6, 7]", max_tokens=40, ignore_eos=True)
-    assert cli.main([*command, "--loaders", "2", "--queue-depth", "4"]) == 0
+    assert cli.main([*command, "--loaders", "2", "--queue-depth", "4", "--jax-trace"]) == 0
     return output
 
 
@@ -79,6 +79,7 @@ def test_a_finished_run_leaves_a_trace_figures_and_a_report(finished: Path, stor
     assert profile["energy"]["joules_per_token"] > 0 and profile["device"]["read_curve"] == CURVE["read_curve"]
     assert {point["tokens"] for point in profile["working_set"]} == {1, 2, 4, 8, 16, 32}
     assert json.loads((finished / "responses.jsonl").read_text())["response"]["status_code"] == 200
+    assert list((finished / "jax-trace").rglob("*.xplane.pb"))
 
 
 def test_the_trace_shows_every_token_and_layer_and_where_neurons_came_from(finished: Path, store: Store) -> None:
