@@ -38,10 +38,10 @@ KINDS = (
 _COMPUTING = frozenset((HITS, MISSES, BLOCK, ATTENTION, HEAD))
 _LOADER_BITS = 40
 
-_record = struct.Struct("<qqqqIHh")
-_ending = struct.Struct("<qqq")
-_number = struct.Struct("<q")
-assert _record.size == RECORD.itemsize
+_RECORD_BYTES = RECORD.itemsize
+assert struct.calcsize("<qqqqIHh") == _RECORD_BYTES
+_now = time.perf_counter_ns
+_write_record, _write_ending, _write_number = (struct.Struct(form).pack_into for form in ("<qqqqIHh", "<qqq", "<q"))
 
 
 def flow_of(loader: int, request: int) -> int:
@@ -98,38 +98,41 @@ class Recorder(Off):
         self._memory, self._length = area.mapping, area.num_records
         self._ring, self._written = area.region(number) + PAGE, area.region(number) + WRITTEN_AT
         self._next = 0
-        self._open: list[list[int]] = []  # [number, value, flow, whether it computes] of the spans around this one
+        self._open: list[
+            tuple[int, int, int, bool]
+        ] = []  # number, value, flow, and whether it computes, of the spans around this one
         self._arrived: list[tuple[int, int]] = []  # requests that are done and not used yet
         self._header = area.writer_header(number)
         self._header["pid"] = os.getpid()
 
     def begin(self, kind: int, layer: int = -1, value: int = 0, flow: int = 0) -> int:
         """Begins a span that `end` is called for, in any order; returns its number."""
-        if self._memory[PAUSED_AT]:
+        memory = self._memory
+        if memory[PAUSED_AT]:
             return -1
         number = self._next
-        self._next = number + 1
-        at = self._ring + number % self._length * RECORD.itemsize
-        _record.pack_into(self._memory, at, time.perf_counter_ns(), 0, value, flow, self.step, kind, layer)
-        _number.pack_into(self._memory, self._written, number + 1)
+        self._next = following = number + 1
+        at = self._ring + number % self._length * _RECORD_BYTES
+        _write_record(memory, at, _now(), 0, value, flow, self.step, kind, layer)
+        _write_number(memory, self._written, following)
         return number
 
     def end(self, number: int, value: int = 0, flow: int = 0) -> None:
         if 0 <= number >= self._next - self._length:  # else newer ones have taken its place
-            at = self._ring + number % self._length * RECORD.itemsize + 8
-            _ending.pack_into(self._memory, at, time.perf_counter_ns(), value, flow)
+            _write_ending(self._memory, self._ring + number % self._length * _RECORD_BYTES + 8, _now(), value, flow)
 
     def span(self, kind: int, layer: int = -1, value: int = 0, flow: int = 0) -> Self:
         """Begins a span that ends with the `with` block."""
         computes = kind in _COMPUTING
-        self._open.append([self.begin(kind, layer, value, flow), value, flow, computes])
+        self._open.append((self.begin(kind, layer, value, flow), value, flow, computes))
         if computes and self._arrived:
             self._use()
         return self
 
     def tell(self, value: int, flow: int = 0) -> None:
         """What the innermost open span is to say when it ends."""
-        self._open[-1][1:3] = value, flow
+        number, _, _, computes = self._open[-1]
+        self._open[-1] = number, value, flow, computes
 
     def arrived(self, ticket: Sequence[tuple[int, int]]) -> None:
         """These requests (loader, number) are done, and this computation, or the next one, uses them."""
