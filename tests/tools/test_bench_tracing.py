@@ -1,7 +1,9 @@
 """`inflash bench tracing`: how stretches are compared, and that the run behind them is real."""
 
 import json
-from pathlib import Path
+import subprocess
+import sys
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from inflash.errors import InflashError
 from inflash.storage.store import Store
 from inflash.tools import cli
 from inflash.tools.bench_tracing import overhead
+from inflash.tools.profiler import Watch
 
 pytestmark = [pytest.mark.integration, pytest.mark.filterwarnings(BUFFERED)]
 
@@ -57,7 +60,12 @@ def test_a_real_run(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
     assert found["spans_per_step"] > 12 * 6 and 0 < found["overhead_by_sum"] < 1
 
 
-def test_a_run_that_fails_is_told(store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["bench", "tracing", str(store.path), "--predictor", "no-such"]) == 1
+def test_a_run_that_fails_is_told(store: Store, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def start(_: Watch, words: list[str], **options: Any) -> subprocess.Popen:
+        assert words[:2] == ["generate", str(store.path)]
+        return subprocess.Popen([sys.executable, "-S", "-c", "import sys; sys.exit(2)"], **options)
+
+    monkeypatch.setattr(Watch, "start", start)
+    assert cli.main(["bench", "tracing", str(store.path)]) == 1
     assert "the run ended with 2" in capsys.readouterr().err
     assert cli.main(["bench", "tracing", str(store.path), "--tokens", "0"]) == 2

@@ -8,7 +8,6 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -26,10 +25,10 @@ from inflash.tools.top import Change, Look
 pytestmark = pytest.mark.filterwarnings("ignore:.*direct I/O is refused:RuntimeWarning")
 
 
-@pytest.fixture
-def decoding(tmp_path: Path) -> Iterator[Engine]:
+@pytest.fixture(scope="module")
+def decoding(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     """An engine that decodes in another thread."""
-    store, stop = synthetic_store(tmp_path / "store", num_layers=2), threading.Event()
+    store, stop = synthetic_store(tmp_path_factory.mktemp("model") / "store", num_layers=2), threading.Event()
     with Engine(store, EngineOptions(cache_neurons=0.1)) as engine:
         engine.prepare(1, 64)
 
@@ -86,7 +85,7 @@ def test_figures_are_of_the_time_between_two_looks() -> None:
     assert Change(now, now).step_ms == 0 and "no step" in "\n".join(Change(now, now).screen(colour=False))
 
 
-def test_ctrl_c_ends_it_well_and_so_does_the_engine_s_end(decoding: Engine) -> None:
+def test_ctrl_c_ends_it_and_not_the_engine(decoding: Engine) -> None:
     command = [sys.executable, "-c", "import signal, sys; from inflash.tools.cli import main\n"
                "signal.signal(signal.SIGINT, signal.default_int_handler); sys.exit(main(sys.argv[1:]))"]  # fmt: skip
     top = subprocess.Popen(
@@ -98,6 +97,9 @@ def test_ctrl_c_ends_it_well_and_so_does_the_engine_s_end(decoding: Engine) -> N
     top.send_signal(signal.SIGINT)
     _, errors = top.communicate(timeout=30)
     assert (top.returncode, errors) == (0, "")
+    before = decoding.times.steps
+    while decoding.times.steps < before + 2:
+        time.sleep(0.001)
 
 
 @pytest.mark.parametrize(
@@ -109,6 +111,6 @@ def test_ctrl_c_ends_it_well_and_so_does_the_engine_s_end(decoding: Engine) -> N
     ],
 )
 def test_bad_input_is_one_sentence(given: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["top", str(os.getpid()), *given]) == 2
+    assert cli.main(["top", str(os.getppid()), *given]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
