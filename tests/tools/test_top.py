@@ -18,7 +18,7 @@ from inflash.pipeline.engine import Engine
 from inflash.pipeline.live import LiveCounters
 from inflash.pipeline.options import EngineOptions
 from inflash.pipeline.step_times import StepTimes
-from inflash.tools import cli
+from inflash.tools import cli, top
 from inflash.tools.process_sampler import ProcessSample
 from inflash.tools.top import Change, Look
 
@@ -59,6 +59,19 @@ def test_lines_for_a_file(decoding: Engine, capsys: pytest.CaptureFixture[str]) 
         assert "\x1b" not in line and line.rstrip().endswith("MiB")
 
 
+def test_a_terminal_is_drawn_again_until_the_engine_ends(
+    decoding: Engine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    looks = iter([top._look, top._look, lambda _: None])
+    monkeypatch.setattr(top, "_look", lambda reader: next(looks)(reader))
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert cli.main(["top", str(os.getpid()), "--interval", "0.05"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("\x1b[H\x1b[2Jinflash engine ") and out.count("\x1b") == 2  # cleared once, and no colours
+    assert "tokens/s" in out and "loader 0" in out and out.endswith(f"process {os.getpid()} has ended\n")
+
+
 def look(at_ns: int, cpu_s: float, **times: int) -> Look:
     loader = dict.fromkeys(COUNTERS, 0) | {"bytes": 3_000_000 * times["steps"], "under_way": 9}
     processes = {
@@ -88,15 +101,15 @@ def test_figures_are_of_the_time_between_two_looks() -> None:
 def test_ctrl_c_ends_it_and_not_the_engine(decoding: Engine) -> None:
     command = [sys.executable, "-c", "import signal, sys; from inflash.tools.cli import main\n"
                "signal.signal(signal.SIGINT, signal.default_int_handler); sys.exit(main(sys.argv[1:]))"]  # fmt: skip
-    top = subprocess.Popen(
+    watching = subprocess.Popen(
         [*command, "top", str(os.getpid()), "--interval", "0.1"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-    assert top.stdout is not None
+    assert watching.stdout is not None
     for _ in range(3):
-        top.stdout.readline()
-    top.send_signal(signal.SIGINT)
-    _, errors = top.communicate(timeout=30)
-    assert (top.returncode, errors) == (0, "")
+        watching.stdout.readline()
+    watching.send_signal(signal.SIGINT)
+    _, errors = watching.communicate(timeout=30)
+    assert (watching.returncode, errors) == (0, "")
     before = decoding.times.steps
     while decoding.times.steps < before + 2:
         time.sleep(0.001)
