@@ -22,6 +22,7 @@ from .neuron_rows import NeuronRows
 from .options import EngineOptions
 from .slab import Slab, SlabPlan
 from .step_times import StepTimes
+from .trace import HITS, LOOK_UP, MISSES, NAMED, PREFETCH, recorder
 from .weights import on_device
 
 IdsAndSlots = tuple[np.ndarray, np.ndarray]
@@ -76,7 +77,7 @@ class CachedFeedForward:
         """`slots`: the neurons that memory has room for, by layer. Regions have addresses for all neurons, so that this can change."""
         d_ff = store.config.d_ff
         self._compute, self._times, self._d_ff, self._overlap = compute, StepTimes(), d_ff, options.overlap
-        self.slots = dict(slots)
+        self.slots, self._trace = dict(slots), recorder()
         self.missed = dict.fromkeys(slots, 0)
         self._gather_sizes = doublings(SMALLEST_GATHER, max(slots.values()))
         self._layers = {layer: NeuronRows(slab, store.bundles, d_ff, count) for layer, count in slots.items()}
@@ -107,7 +108,10 @@ class CachedFeedForward:
     def add_neurons(self, layer: int, tiles: Sequence[Tile]) -> list[jax.Array]:
         (tile,) = tiles  # decoding steps are one tile
         assert tile.predicted is not None
-        neuron_ids = _named(tile.predicted, tile.active)
+        with self._trace.span(NAMED, layer):
+            neuron_ids = _named(tile.predicted, tile.active)
+            self._trace.tell(len(neuron_ids))
+        self._trace.names(layer, neuron_ids)
         if layer not in self._prefetches:
             self._caches[layer].begin_token()
         most = min(self.slots[layer], self._gather_sizes[-1])
@@ -130,28 +134,31 @@ class CachedFeedForward:
         *,
         guessing: bool,
     ) -> jax.Array:
-        with self._managing_memory():
+        with self._managing_memory(LOOK_UP, layer):
             placement = self._caches[layer].place(neuron_ids)
             prefetch = self._take_prefetch(layer, placement)
             ticket = self._ask(layer, placement)
             ready, late = self._split(placement, prefetch)
             self._times.count(hits=len(placement.hit_ids), misses=len(placement.miss_ids))
             self.missed[layer] += len(placement.miss_ids)
+            self._trace.tell(len(placement.hit_ids), len(placement.miss_ids))
         if guessing:
             self.prefetch(layer + 1, tile)
         if self._overlap:
-            total = self._gather(layer, *ready, total, tile)
+            with self._trace.span(HITS, layer, len(ready[0])):
+                total = self._gather(layer, *ready, total, tile)
         self._pool.wait(ticket if prefetch is None else (*prefetch.ticket, *ticket))
-        if self._overlap:
+        if not self._overlap:
+            late = np.concatenate((ready[0], late[0])), np.concatenate((ready[1], late[1]))
+        with self._trace.span(MISSES, layer, len(late[0])):
             return self._gather(layer, *late, total, tile)
-        ids, slots = (np.concatenate(parts) for parts in zip(ready, late, strict=True))
-        return self._gather(layer, ids, slots, total, tile)
 
     @contextmanager
-    def _managing_memory(self) -> Iterator[None]:
+    def _managing_memory(self, kind: int, layer: int) -> Iterator[None]:
         """Counts the time inside, less what is waited for loaders, which is counted as such."""
         began, waited = time.perf_counter_ns(), self._pool.wait_ns
-        yield
+        with self._trace.span(kind, layer):
+            yield
         self._times.memory_ns += time.perf_counter_ns() - began - (self._pool.wait_ns - waited)
 
     def prefetch(self, layer: int, before: Tile) -> None:
@@ -159,17 +166,21 @@ class CachedFeedForward:
         if before.guessed is None:
             return
         neuron_ids = _named(before.guessed, before.active)[: self.slots[layer] // 2]
-        with self._managing_memory():
+        with self._managing_memory(PREFETCH, layer):
             self._caches[layer].begin_token()
             placement = self._caches[layer].place(neuron_ids)
             self._times.prefetched += len(placement.miss_ids)
             self.missed[layer] += len(placement.miss_ids)
+            self._trace.tell(len(placement.miss_ids), len(neuron_ids))
             self._prefetches[layer] = _Prefetch(self._ask(layer, placement, ahead=True), placement.miss_ids, placement.miss_slots)
 
     def _take_prefetch(self, layer: int, placement: Placement) -> _Prefetch | None:
         """What was asked for early and has not arrived; afterwards nothing is on its way to the slots of the misses."""
         prefetch = self._prefetches.pop(layer, None)
-        if prefetch is None or self._pool.finished(prefetch.ticket):
+        if prefetch is None:
+            return None
+        if self._pool.finished(prefetch.ticket):
+            self._trace.arrived(prefetch.ticket)
             return None
         if np.isin(placement.miss_slots, prefetch.slots).any():  # a wrong guess has lost its slot to a miss already
             self._pool.wait(prefetch.ticket)

@@ -36,8 +36,9 @@ REQUEST = np.dtype(
         ),  # offset in the slab of each part's rows; BYTES, ROWS: of the destination, in the first
     ]
 )
-COUNTERS = ("reads", "bytes", "gap_bytes", "busy_ns", "requests")
-"""`bytes` are those asked for; `gap_bytes` lay between them and were read along. `busy_ns`: time with reads under way."""
+COUNTERS = ("reads", "bytes", "gap_bytes", "busy_ns", "requests", "under_way")
+"""`bytes` are those asked for; `gap_bytes` lay between them and were read along. `busy_ns`: time with reads under way. `under_way`: reads
+that are, now; the others are totals."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +74,7 @@ class Channel:
       positions, slots: [list_length] int32, the lists that SCATTER requests point into.
       submitted: [1] uint64, the number of the newest request.
       done: [RING_LENGTH] uint64; holds n at n % RING_LENGTH once request n is finished.
-      counters: [5] uint64, see `COUNTERS`; totals since the loader began.
+      counters: [6] uint64, see `COUNTERS`; since the loader began.
     """
 
     def __init__(self, slab: Slab, region: ChannelRegion) -> None:

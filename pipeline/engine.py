@@ -25,6 +25,7 @@ from .feed_forward import Tile
 from .fixed_shapes import CHUNK_SIZES, SMALLEST_CAPACITY, Chunk, capacity_for, doublings, fitting, split_prompt
 from .host_memory import check_fits, keep_one_arena, trim
 from .layered_feed_forward import LayeredFeedForward
+from .live import LivePage, about_run
 from .loader_pool import LoaderPool
 from .matrix_source import MatrixSource, ResidentMatrices, StreamedMatrices
 from .memory_parts import kv_cache_bytes, memory_parts
@@ -38,8 +39,10 @@ from .predictors import (
     StoredPredictor,
     predict_and_guess,
 )
+from .recall_probe import RecallProbe
 from .slab import Slab, SlabPlan
 from .step_times import StepTimes
+from .trace import ATTENTION, COMPILE, HEAD, LAYER, PREDICT, PROMPT, START, STEP, recorder
 from .weights import compute_dtype, load_weights, zeros
 
 _attention_decode = jit(attention_decode, static_argnames=("shape", "num_positions"), donate_argnames=("keys", "values"))
@@ -80,13 +83,15 @@ class Engine:
         Raises:
           InflashError: the options do not fit the store, or memory is too small for them; nothing was started then.
         """
-        native_library.choose()  # before anything is traced
+        self._native = native_library.choose()  # before anything is traced
         keep_one_arena()
         self.plan = plan or plan_from_options(store, options)
         self.store, self.config, self.options = store, store.config, options
-        self.times = times or StepTimes()
+        self.times, self._trace = times or StepTimes(), recorder()
         self.num_seqs = self.capacity = 0
         self._closed, self._broken, self._split_rows = False, False, split_rows
+        self._live: LivePage | None = None
+        self._recall: RecallProbe | None = None
         self.compute = compute_dtype(options.compute_dtype, store.dtype)
         self.shape = LayerShape(
             num_heads=store.config.num_heads,
@@ -96,8 +101,9 @@ class Engine:
         )
         self._memory_parts = memory_parts(store, options, self.plan)
         check_fits(self._memory_parts, "use --ffn hybrid, a smaller --cache-neurons, or a machine with more memory")
-        self.weights = load_weights(store, self.compute, self.plan.streamed_names, verify=options.verify)
-        self._open()
+        with self._trace.span(START):
+            self.weights = load_weights(store, self.compute, self.plan.streamed_names, verify=options.verify)
+            self._open()
 
     def _open(self) -> None:
         options, plan, layout = self.options, self.plan, SlabPlan()
@@ -128,6 +134,7 @@ class Engine:
             if streamed:
                 streamed.bind(self._slab, self._pool)
             self.neurons.bind(self._slab, self._pool)
+            self._live = LivePage(about_run(self.store, options, plan, native=self._native), self._pool.counter_places)
             self._predictor = self._make_predictor()
             self._ahead = self._load_predictor(plan.prefetch, guessed_layers(plan)) if plan.prefetch else None
         except BaseException:
@@ -142,6 +149,7 @@ class Engine:
             return AllNeurons(self.config.d_ff)
         if self.plan.predictor == "exact":
             assert self.neurons.streamed is not None
+            self._recall = RecallProbe(self.store, self._trace)
             return ExactPredictor(self.weights, self.neurons.streamed.up_rows, self.plan.layers(CACHED))
         assert self.plan.predictor is not None
         return self._load_predictor(self.plan.predictor, self.plan.layers(CACHED))
@@ -169,8 +177,9 @@ class Engine:
         self._keys = [zeros(shape) for _ in range(self.config.num_layers)]
         self._values = [zeros(shape) for _ in range(self.config.num_layers)]
         self.num_seqs, self.capacity = num_seqs, capacity
-        self._warm_up()
-        trim()  # compiling leaves much behind
+        with self._trace.span(COMPILE):
+            self._warm_up()
+            trim()  # compiling leaves much behind
 
     def process_prompts(self, prompts: Sequence[tuple[int, np.ndarray]]) -> jax.Array:
         """Runs prompts (sequence, token ids) into the KV cache, layer by layer, every streamed block used for all of them.
@@ -184,8 +193,7 @@ class Engine:
             hidden = zeros((self.num_seqs, self.config.d_model))
             for chunk, x in zip(chunks, outputs, strict=True):  # a sequence's last chunk comes last
                 hidden = _put_row(hidden, x, np.int32(chunk.count - 1), np.int32(chunk.sequence))
-            (logits,) = self.matrices.logits([hidden])
-            return logits.block_until_ready()
+            return self._head(hidden)
 
     def all_logits(self, token_ids: np.ndarray) -> np.ndarray:
         """[T] token ids to [T, V] f32 logits, each token's feed-forward neurons chosen as a decoding step would."""
@@ -212,15 +220,28 @@ class Engine:
             x = self.matrices.embed(token_ids, positions)
             before = None
             for layer in range(self.config.num_layers):
-                weights = self.matrices.take_attention(layer)
-                residual, ffn_in, self._keys[layer], self._values[layer] = _attention_decode(  # A
-                    x, weights, self._keys[layer], self._values[layer], positions, self.shape, num_positions=bound
-                )
-                self.matrices.give_back_attention(layer, residual)
-                tile = self._predicting(layer, Tile(residual=residual, ffn_in=ffn_in, active=active), before, guess=True)
-                x = self.neurons.add_step(layer, tile)  # B to F
-                x, before = self.after_ffn(layer, x), tile
-            (logits,) = self.matrices.logits([x])  # H
+                with self._trace.span(LAYER, layer):
+                    tile = self._attend_step(layer, x, positions, active, bound)  # A
+                    with self._trace.span(PREDICT, layer):
+                        tile = self._predicting(layer, tile, before, guess=True)
+                    if self._recall is not None:
+                        self._recall.look(layer, tile)
+                    x = self.neurons.add_step(layer, tile)  # B to F
+                    x, before = self.after_ffn(layer, x), tile
+            return self._head(x)  # H
+
+    def _attend_step(self, layer: int, x: jax.Array, positions: np.ndarray, active: np.ndarray, bound: int) -> Tile:
+        with self._trace.span(ATTENTION, layer):
+            weights = self.matrices.take_attention(layer)
+            residual, ffn_in, self._keys[layer], self._values[layer] = _attention_decode(
+                x, weights, self._keys[layer], self._values[layer], positions, self.shape, num_positions=bound
+            )
+            self.matrices.give_back_attention(layer, residual)
+            return Tile(residual=residual, ffn_in=ffn_in, active=active)
+
+    def _head(self, x: jax.Array) -> jax.Array:
+        with self._trace.span(HEAD):
+            (logits,) = self.matrices.logits([x])
             return logits.block_until_ready()
 
     def memory_bytes(self) -> dict[str, int]:
@@ -241,6 +262,8 @@ class Engine:
         self._closed = True
         self._pool.close()
         self._slab.close()
+        if self._live is not None:
+            self._live.close()
 
     def __enter__(self) -> Self:
         return self
@@ -257,8 +280,9 @@ class Engine:
         before: Sequence[Tile | None] = [None] * len(chunks)
         for layer in range(self.config.num_layers):
             weights = self.matrices.take_attention(layer)
-            tiles = [self._attend(layer, weights, chunk, x) for chunk, x in zip(chunks, outputs, strict=True)]
-            self.matrices.give_back_attention(layer, tiles[-1].residual)
+            with self._trace.span(ATTENTION, layer):
+                tiles = [self._attend(layer, weights, chunk, x) for chunk, x in zip(chunks, outputs, strict=True)]
+                self.matrices.give_back_attention(layer, tiles[-1].residual)
             if predict:
                 tiles = [self._predicting(layer, tile, last) for tile, last in zip(tiles, before, strict=True)]
                 before = tiles
@@ -339,18 +363,20 @@ class Engine:
     @contextmanager
     def _timed_prompt(self, num_tokens: int) -> Iterator[None]:
         began, requested = time.perf_counter_ns(), self._pool.bytes_requested
-        with self._whole():
+        with self._whole(), self._trace.span(PROMPT, value=num_tokens):
             yield
         elapsed = time.perf_counter_ns() - began
         self.times.prompt_ns += elapsed
         self.times.total_ns += elapsed
         self.times.prompt_tokens += num_tokens
         self.times.prompt_bytes += self._pool.bytes_requested - requested
+        self._show()
 
     @contextmanager
     def _timed_step(self, num_tokens: int) -> Iterator[None]:
         began, requested, wait_ns = time.perf_counter_ns(), self._pool.bytes_requested, self._pool.wait_ns
-        with self._whole():
+        self._trace.step = self.times.steps
+        with self._whole(), self._trace.span(STEP, value=num_tokens):
             yield
         elapsed = time.perf_counter_ns() - began
         self.times.decode_ns += elapsed
@@ -359,3 +385,8 @@ class Engine:
         self.times.decode_bytes += self._pool.bytes_requested - requested
         self.times.steps += 1
         self.times.tokens += num_tokens
+        self._show()
+
+    def _show(self) -> None:
+        assert self._live is not None
+        self._live.update(self.times)

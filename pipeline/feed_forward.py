@@ -19,6 +19,7 @@ from .loader_pool import LoaderPool
 from .neuron_rows import NeuronRows
 from .plan import RESIDENT, STREAMED, Plan
 from .slab import Slab, SlabPlan
+from .trace import BLOCK, recorder
 from .weights import aligned_empty, on_device
 
 STREAM_BUFFERS = 4
@@ -77,7 +78,7 @@ class StreamedFeedForward:
     """
 
     def __init__(self, store: Store, slab: SlabPlan, up_bias: Sequence[np.ndarray], compute: np.dtype, plan: Plan) -> None:
-        self._compute, self._d_ff = compute, store.config.d_ff
+        self._compute, self._d_ff, self._trace = compute, store.config.d_ff, recorder()
         self._length = block_rows(store, plan.block_bytes)
         self._blocks = -(-self._d_ff // self._length)
         self._buffers = [NeuronRows(slab, store.bundles, self._length) for _ in range(STREAM_BUFFERS)]
@@ -122,8 +123,10 @@ class StreamedFeedForward:
         masks = self._padded_masks(tiles)
         for block in range(self._blocks):
             buffer = self._stream.take(layer * self._blocks + block)
-            for number, tile in enumerate(tiles):
-                sums[number] = self._add_block(sums[number], tile, *self._block_arguments(layer, block, buffer, masks[number]))
+            with self._trace.span(BLOCK, layer, block):
+                for number, tile in enumerate(tiles):
+                    arguments = self._block_arguments(layer, block, buffer, masks[number])
+                    sums[number] = self._add_block(sums[number], tile, *arguments)
             self._stream.give_back(buffer, sums[-1])
         return sums
 

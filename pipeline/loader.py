@@ -28,6 +28,7 @@ from ..storage.read_queue import PreparedReads, open_read_queue
 from ..storage.readers import DirectFile, DirectReader
 from .channel import BYTES, COUNTERS, RANGE, RING_LENGTH, ROWS, SCATTER, Channel, ChannelRegion
 from .slab import ALIGNMENT, Slab
+from .trace import COMPLETE, PLAN, READ, REQUEST, SUBMIT, attach, flow_of, recorder
 
 _LARGEST_BATCH = 64  # reads that are worth waiting for
 _LOOK_UP_S = 0.0005  # how long a new request may go unnoticed while reads are under way
@@ -55,6 +56,8 @@ class LoaderConfig:
     done_descriptor: int
     lifeline_descriptor: int
     error_descriptor: int
+    trace_descriptor: int | None  # None: nobody wants to know
+    trace_writer: int
     region: ChannelRegion
 
     def to_json(self) -> str:
@@ -77,13 +80,27 @@ class _Request:
       file: that they read from.
       check: called when all reads are back.
       ahead: nobody waits for it yet.
+      in_order: it reads a stretch rather than picked neurons.
       num_bytes: of weights that were asked for.
       submitted: reads that have begun.
       remaining: reads that are not back.
       results: [r] int64, what the kernel said of those that are.
+      span: of the trace.
     """
 
-    __slots__ = ("ahead", "check", "file", "num_bytes", "number", "reads", "remaining", "results", "submitted")
+    __slots__ = (
+        "ahead",
+        "check",
+        "file",
+        "in_order",
+        "num_bytes",
+        "number",
+        "reads",
+        "remaining",
+        "results",
+        "span",
+        "submitted",
+    )
 
     def __init__(
         self,
@@ -94,10 +111,13 @@ class _Request:
         check: Callable[[], None],
         *,
         ahead: bool = False,
+        in_order: bool = False,
     ) -> None:
         self.number, self.reads, self.file, self.num_bytes, self.check = number, reads, file, num_bytes, check
         self.submitted, self.remaining, self.ahead = 0, len(reads.plan), ahead
+        self.in_order = in_order
         self.results = np.empty(len(reads.plan), np.int64)
+        self.span = 0
 
     def complete(self) -> None:
         """Finishes reads that were cut short, and checks what was read.
@@ -121,6 +141,7 @@ class Loader:
         self._readers: dict[tuple[int, int | None], DirectReader] = {}
         self._files: dict[int, DirectFile] = {}
         self._queue = open_read_queue(config.depth, direct=config.direct)
+        self._trace = recorder()
         self._scratch = mmap.mmap(-1, max(config.merge_gap, ALIGNMENT))
         self._scratch_address = np.frombuffer(self._scratch, np.uint8).ctypes.data
         self._served = 0
@@ -151,7 +172,10 @@ class Loader:
             # Few large batches cost less than many small ones, but the disk's queue must not run empty.
             oldest = next(iter(self._requests.values()))
             enough = oldest.remaining if oldest.submitted == len(oldest.results) else self._queue.under_way // 2
-            tags, results = self._queue.reap(max(1, min(enough, _LARGEST_BATCH)), _LOOK_UP_S)
+            with self._trace.span(READ):
+                tags, results = self._queue.reap(max(1, min(enough, _LARGEST_BATCH)), _LOOK_UP_S)
+                self._trace.tell(len(tags))
+            self._note_under_way()
             self._take_back(tags, results)
             self._accept_new()
 
@@ -159,11 +183,16 @@ class Loader:
         newest = int(self._channel.submitted[0])
         while self._served < newest:
             self._served += 1
+            record = self._channel.requests[self._served % RING_LENGTH]
+            layer = -1 if record["kind"] == BYTES else int(record["source"])
+            span = self._trace.begin(REQUEST, layer, 0, self._flow(self._served))
             try:
-                request = self._plan(self._served, self._channel.requests[self._served % RING_LENGTH])
+                with self._trace.span(PLAN, layer):
+                    request = self._plan(self._served, record)
             except Exception as error:
                 self.report(error)
                 continue
+            request.span = span
             self._requests[self._served] = request
             if request.remaining:
                 self._waiting.append(request)
@@ -176,7 +205,11 @@ class Loader:
             request = self._waiting[0]
             if request.ahead and next(iter(self._requests)) != request.number:
                 return  # in the disk's queue it would stand beside reads that somebody waits for
-            request.submitted += self._queue.submit(request.reads, request.submitted)
+            with self._trace.span(SUBMIT):
+                taken = self._queue.submit(request.reads, request.submitted)
+                self._trace.tell(taken)
+            request.submitted += taken
+            self._note_under_way()
             if request.submitted < len(request.results):
                 return
             self._waiting.popleft()
@@ -193,7 +226,8 @@ class Loader:
     def _finish(self, request: _Request) -> None:
         del self._requests[request.number]
         try:
-            request.complete()
+            with self._trace.span(COMPLETE):
+                request.complete()
         except Exception as error:
             self.report(error)
             return
@@ -206,8 +240,16 @@ class Loader:
             requests=1,
         )
         self._counted_until = now
+        self._trace.count_reads(plan.lengths, in_order=request.in_order)
+        self._trace.end(request.span, request.num_bytes, self._flow(request.number))
         self._channel.done[request.number % RING_LENGTH] = request.number
         os.eventfd_write(self._config.done_descriptor, 1)
+
+    def _flow(self, number: int) -> int:
+        return flow_of(self._config.trace_writer - 1, number)
+
+    def _note_under_way(self) -> None:
+        self._channel.counters[COUNTERS.index("under_way")] = self._queue.under_way
 
     def _count(self, **amounts: int) -> None:
         for name, amount in amounts.items():
@@ -235,7 +277,13 @@ class Loader:
         num_bytes = count * num_parts * config.d_model * config.item_bytes
         reads = self._queue.prepare(reader.descriptor(addresses), plan, number << _TAG_BITS)
         return _Request(
-            number, reads, reader.file, num_bytes, lambda: reader.check(positions, slots, parts), ahead=bool(record["ahead"])
+            number,
+            reads,
+            reader.file,
+            num_bytes,
+            lambda: reader.check(positions, slots, parts),
+            ahead=bool(record["ahead"]),
+            in_order=kind == RANGE,
         )
 
     def _plan_bytes(self, number: int, source: int, start: int, count: int, target: int) -> _Request:
@@ -243,7 +291,7 @@ class Loader:
         direct = file.can_read_directly(ALIGNMENT, target, start) and count % ALIGNMENT == 0
         plan = plan_bytes(start, count, self._slab.array(target, (count,), np.uint8).ctypes.data)
         reads = self._queue.prepare(file.descriptor(direct), plan, number << _TAG_BITS)
-        return _Request(number, reads, file, count, lambda: None)
+        return _Request(number, reads, file, count, lambda: None, in_order=True)
 
     def _reader(self, layer: int, part: int | None) -> DirectReader:
         """Of a layer's bundles, or of one part's rows where those lie apart."""
@@ -274,7 +322,10 @@ def main() -> None:
     # Ctrl-C reaches the whole terminal group; the engine decides when loaders stop.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     warnings.simplefilter("ignore")  # the engine says once for all loaders when reads are not direct
-    loader = Loader(LoaderConfig.from_json(sys.argv[1]))
+    config = LoaderConfig.from_json(sys.argv[1])
+    if config.trace_descriptor is not None:
+        attach(config.trace_descriptor, config.trace_writer)
+    loader = Loader(config)
     try:
         loader.serve()
     except Exception as error:  # of the queue itself: there is no going on, but the engine should say why

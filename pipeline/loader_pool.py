@@ -22,6 +22,7 @@ from ..storage.store import Store
 from .channel import BYTES, COUNTERS, MOST_PARTS, RANGE, RING_LENGTH, ROWS, SCATTER, Channel, ChannelRegion
 from .loader import LoaderConfig
 from .slab import Slab, SlabPlan
+from .trace import ASK, WAIT, flow_of, recorder
 
 _STALL_S = 60.0  # no answer for so long means that the disk, or the loader, hangs
 _START_S = 30.0
@@ -40,6 +41,7 @@ class _Peer:
     wake: int
     errors: int
     lifeline: int
+    counters_at: int
     submitted: int = 0
     next_entry: int = 0
 
@@ -85,6 +87,7 @@ class LoaderPool:
         self._turn = 0
         self.bytes_requested = 0
         self.wait_ns = 0
+        self._trace = recorder()
         how = {
             "files": tuple(str(file.absolute()) for file in files),
             "depth": depth,
@@ -110,6 +113,11 @@ class LoaderPool:
     @property
     def process_ids(self) -> list[int]:
         return [peer.process.pid for peer in self._peers]
+
+    @property
+    def counter_places(self) -> list[tuple[int, int]]:
+        """Process id of each loader, and where its counters lie in the slab."""
+        return [(peer.process.pid, peer.counters_at) for peer in self._peers]
 
     def counters(self) -> dict[str, int]:
         """Totals over all loaders, by the names in `COUNTERS`."""
@@ -167,9 +175,14 @@ class LoaderPool:
           Exception: whatever a loader met, with the loader's traceback as a note.
           RunError: a loader died, or nothing happened for a minute.
         """
-        if self.finished(ticket):
-            return
-        began = time.perf_counter_ns()
+        if not self.finished(ticket):
+            began = time.perf_counter_ns()
+            with self._trace.span(WAIT):
+                self._wait(ticket)
+            self.wait_ns += time.perf_counter_ns() - began
+        self._trace.arrived(ticket)
+
+    def _wait(self, ticket: Ticket) -> None:
         deadline = time.monotonic() + _STALL_S
         while not self.finished(ticket):
             events = self._poll.poll(1000)
@@ -181,7 +194,6 @@ class LoaderPool:
                     self._raise_from(descriptor)
             if not events and time.monotonic() > deadline:
                 raise RunError(f"a read has not finished for {_STALL_S:.0f} s: the disk or a loader process hangs; run again")
-        self.wait_ns += time.perf_counter_ns() - began
 
     def close(self) -> None:
         """Stops the loaders: their lifelines close, they leave; one that does not within two seconds is killed."""
@@ -209,6 +221,7 @@ class LoaderPool:
 
     def _start(self, store: Store, slab: Slab, region: ChannelRegion, how: dict[str, Any]) -> _Peer:
         assert slab.descriptor is not None
+        writer = self._trace.writer_for(len(self._peers))
         wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         lifeline_read, lifeline_write = os.pipe()
         errors_read, errors_write = os.pipe()
@@ -224,10 +237,14 @@ class LoaderPool:
             done_descriptor=self._done,
             lifeline_descriptor=lifeline_read,
             error_descriptor=errors_write,
+            trace_descriptor=self._trace.descriptor if writer >= 0 else None,
+            trace_writer=writer,
             region=region,
             **how,
         )
         inherited = (slab.descriptor, wake, self._done, lifeline_read, errors_write)
+        if config.trace_descriptor is not None:
+            inherited = (*inherited, config.trace_descriptor)
         try:
             # A new interpreter rather than multiprocessing's: users' scripts need no `if __name__ == "__main__"`.
             process = subprocess.Popen(
@@ -239,7 +256,14 @@ class LoaderPool:
         finally:
             os.close(lifeline_read)
             os.close(errors_write)
-        return _Peer(process=process, channel=Channel(slab, region), wake=wake, errors=errors_read, lifeline=lifeline_write)
+        return _Peer(
+            process=process,
+            channel=Channel(slab, region),
+            wake=wake,
+            errors=errors_read,
+            lifeline=lifeline_write,
+            counters_at=region.counters,
+        )
 
     def _shares(self, count: int) -> list[tuple[int, int, int]]:
         """Splits `count` neurons over the loaders: (loader, first, last)."""
@@ -257,10 +281,11 @@ class LoaderPool:
         if ticket > RING_LENGTH:  # the record's previous user must be finished
             self.wait(((number, ticket - RING_LENGTH),))
         padded = tuple(parts) + (0,) * (MOST_PARTS - len(parts))
-        peer.channel.requests[ticket % RING_LENGTH] = (kind, source, start, count, slot, ahead, padded)
-        peer.channel.submitted[0] = ticket
-        peer.submitted = ticket
-        os.eventfd_write(peer.wake, 1)
+        with self._trace.span(ASK, -1 if kind == BYTES else source, count, flow_of(number, ticket)):
+            peer.channel.requests[ticket % RING_LENGTH] = (kind, source, start, count, slot, ahead, padded)
+            peer.channel.submitted[0] = ticket
+            peer.submitted = ticket
+            os.eventfd_write(peer.wake, 1)
         return number, ticket
 
     def _raise_from(self, descriptor: int) -> None:

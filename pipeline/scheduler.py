@@ -11,6 +11,7 @@ from .outputs import RequestOutput
 from .requests import Continuation, Request, RequestProgress
 from .sampler import Sampler
 from .text import TokenBytes
+from .trace import SAMPLING, recorder
 
 
 def sequences_of(requests: Sequence[Request]) -> int:
@@ -31,6 +32,7 @@ class Scheduler:
     ) -> None:
         self._engine, self._sampler = engine, sampler
         self._end_ids, self._token_bytes, self._max_length = end_ids, token_bytes, max_length
+        self._trace = recorder()
 
     def run(self, requests: Sequence[Request], on_tokens: Callable[[int], None] = lambda count: None) -> Iterator[RequestOutput]:
         """Yields each request's output when all its continuations are finished.
@@ -100,7 +102,8 @@ class Scheduler:
         return self._engine.decode(token_ids, positions, active)
 
     def _extend(self, logits: jax.Array, rows: Sequence[tuple[int, Continuation]], on_tokens: Callable[[int], None]) -> None:
-        tokens = self._sampler.choose(logits, rows)
+        with self._trace.span(SAMPLING, value=len(rows)):
+            tokens = self._sampler.choose(logits, rows)
         for row, continuation in rows:
             if row in tokens:
                 continuation.push(tokens[row])

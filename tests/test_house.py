@@ -126,7 +126,15 @@ def test_the_face_imports_neither_jax_nor_numpy() -> None:
 
 
 @pytest.mark.parametrize(
-    "words", [["--help"], ["--version"], ["bench", "--help"], ["generate", "--help"], ["bench", "kernels", "--help"]]
+    "words",
+    [
+        ["--help"],
+        ["--version"],
+        ["bench", "--help"],
+        ["generate", "--help"],
+        ["profile", "--help"],
+        ["bench", "kernels", "--help"],
+    ],
 )
 def test_help_imports_nothing_heavy(words: list[str]) -> None:
     code = f"""
@@ -187,6 +195,7 @@ def test_the_wheel_holds_only_inflash(tmp_path: Path) -> None:
         "inflash/py.typed",
         "inflash/kernels/native.cc",
         "inflash/kernels/native_rows.h",
+        "inflash/tools/profile_report.html",
     }
     assert {name for name in names if ".dist-info/" not in name} == product | data
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)

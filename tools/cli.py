@@ -19,6 +19,7 @@ from . import arguments as flags
 from . import bench_arguments as bench_flags
 from . import plan_arguments as plan_flags
 from . import predictor_arguments as predictor_flags
+from . import profile_arguments as profile_flags
 
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 
@@ -95,6 +96,35 @@ All of it is checked before the first token is made. Each response is written as
 custom_id. A run that was interrupted goes on where it was when the same command is given again.
 
   inflash run-batch -i requests.jsonl -o responses.jsonl --model ./opt-6.7b.inflash --cache-neurons 0.15
+""",
+    ),
+    "profile": Command(
+        module="profiler",
+        summary="run prompts or a batch, and show where the time goes, process by process",
+        add_arguments=profile_flags.add_profile,
+        details="""\
+A real run, watched: every process notes what it does, and is looked at while it runs. DIR gets
+
+  report.html    what limits the run, and charts; opens in any browser, without a network
+  trace.json     every token, layer and read on a time line; opens in ui.perfetto.dev
+  profile.json   the figures
+
+They are written however the run ends, also when a process of it is killed. The exit code is the run's own.
+
+  inflash profile ./opt-6.7b.inflash --prompt "Once upon a time" --max-tokens 64 -o profile
+  inflash profile ./opt-6.7b.inflash -i requests.jsonl -o profile --cache-neurons 0.15
+""",
+    ),
+    "top": Command(
+        module="top",
+        summary="watch a running engine in the terminal",
+        add_arguments=profile_flags.add_top,
+        details="""\
+Shows tokens a second, where a token's time goes, cache hits, what is read, and CPU and memory of every process. Works on any
+running engine of yours; it need not have been started in a special way.
+
+  inflash top 4711
+  inflash top 4711 --interval 5 --count 12 > watched.txt
 """,
     ),
     "train-predictor": Command(
@@ -231,6 +261,12 @@ After `inflash build-kernels` every kernel that has a native form is measured in
   inflash bench kernels --d-model 2048 --d-ff 8192
 """,
     ),
+    "tracing": Command(
+        module="bench_tracing",
+        summary="what `inflash profile` costs the run that it watches",
+        add_arguments=profile_flags.add_bench_tracing,
+        details="  inflash bench tracing ./opt-6.7b.inflash\n",
+    ),
     "ablation": Command(
         module="bench_ablation",
         summary="the paper's table, step by step: what each part of the system brings under a memory limit",
@@ -294,7 +330,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_commands(commands, COMMANDS)
     bench = commands.add_parser(
         "bench",
-        help="measure this machine: io, kernels, ablation, plan or llm",
+        help="measure this machine: io, kernels, ablation, plan, llm or tracing",
         description="Measures this machine, or a model on it. The last line of the output is one JSON document, see docs/cli.md.",
         allow_abbrev=False,
     )

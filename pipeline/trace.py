@@ -1,0 +1,193 @@
+"""A process's own spans: what it did, when, for which layer; or nothing at all, at no cost, when nobody asked.
+
+A process has one recorder, as it has one log: `recorder()` is `OFF` unless `attach` was called before the engine was made. Spans of the
+engine nest and are written with `with recorder.span(...)`; a loader's requests overlap and are begun and ended by number.
+
+JAX computes behind the engine's back: a span around a computation covers handing it over, and the time appears where the engine next
+needs a result. docs/architecture.md says which spans those are.
+"""
+
+import os
+import struct
+import time
+from collections.abc import Sequence
+from typing import Self
+
+import numpy as np
+
+from .trace_area import NAMED_STEPS, PAGE, PAUSED_AT, RECORD, SIZE_CLASSES, WRITTEN_AT, TraceArea
+
+KINDS = (
+    "start", "compile", "prompt", "step", "layer", "attention", "predict", "named", "look up", "prefetch", "ask", "hits", "misses",
+    "block", "wait", "head", "sampling", "used", "request", "plan", "submit", "read", "complete", "recall",
+)  # fmt: skip
+(
+    START, COMPILE, PROMPT, STEP, LAYER, ATTENTION, PREDICT, NAMED, LOOK_UP, PREFETCH, ASK, HITS, MISSES,
+    BLOCK, WAIT, HEAD, SAMPLING, USED, REQUEST, PLAN, SUBMIT, READ, COMPLETE, RECALL,
+) = range(len(KINDS))  # fmt: skip
+"""Kinds of span, and what their values mean (second: the field `flow`):
+
+  prompt: tokens. step, sampling: sequences. named: neurons named.
+  look up: hits; second: misses. prefetch (its layer is the one asked for): neurons asked for; second: neurons guessed.
+  ask: entries or bytes asked for; second: the request. used (no duration): second: a request whose bytes the enclosing span uses.
+  hits, misses: neurons. block: its number.
+  recall (judging a predictor by the exact one): active neurons that it named << 32 | active ones; second: those that it named.
+  request (accepted until done): bytes; second: the request. submit: reads begun. read (waiting for the disk): reads that came back.
+"""
+
+_COMPUTING = frozenset((HITS, MISSES, BLOCK, ATTENTION, HEAD))
+_LOADER_BITS = 40
+
+_RECORD_BYTES = RECORD.itemsize
+assert struct.calcsize("<qqqqIHh") == _RECORD_BYTES
+_now = time.perf_counter_ns
+_write_record, _write_ending, _write_number = (struct.Struct(form).pack_into for form in ("<qqqqIHh", "<qqq", "<q"))
+
+
+def flow_of(loader: int, request: int) -> int:
+    """One number for a request of a loader."""
+    return (loader + 1) << _LOADER_BITS | request
+
+
+class Off:
+    """Records nothing."""
+
+    step = 0
+    descriptor: int | None = None
+    sampled: Sequence[int] = ()
+    on = False
+
+    def span(self, kind: int, layer: int = -1, value: int = 0, flow: int = 0) -> Self:
+        return self
+
+    def tell(self, value: int, flow: int = 0) -> None: ...
+
+    def begin(self, kind: int, layer: int = -1, value: int = 0, flow: int = 0) -> int:
+        return 0
+
+    def end(self, number: int, value: int = 0, flow: int = 0) -> None: ...
+
+    def arrived(self, ticket: Sequence[tuple[int, int]]) -> None: ...
+
+    def names(self, layer: int, neuron_ids: np.ndarray) -> None: ...
+
+    def count_reads(self, lengths: np.ndarray, *, in_order: bool) -> None: ...
+
+    def writer_for(self, loader: int) -> int:
+        return -1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+
+class Recorder(Off):
+    """Writes into a region of a trace area. A context manager around the newest span.
+
+    Attributes:
+      step: the decoding step that is noted with every span.
+      descriptor: of the area, for processes to inherit.
+      sampled: layers of which more is kept.
+    """
+
+    on = True
+
+    def __init__(self, area: TraceArea, number: int) -> None:
+        self._area, self.descriptor, self.sampled, self.step = area, area.descriptor, area.sampled, 0
+        self._memory, self._length = area.mapping, area.num_records
+        self._ring, self._written = area.region(number) + PAGE, area.region(number) + WRITTEN_AT
+        self._next = 0
+        self._open: list[
+            tuple[int, int, int, bool]
+        ] = []  # number, value, flow, and whether it computes, of the spans around this one
+        self._arrived: list[tuple[int, int]] = []  # requests that are done and not used yet
+        self._header = area.writer_header(number)
+        self._header["pid"] = os.getpid()
+
+    def begin(self, kind: int, layer: int = -1, value: int = 0, flow: int = 0) -> int:
+        """Begins a span that `end` is called for, in any order; returns its number."""
+        memory = self._memory
+        if memory[PAUSED_AT]:
+            return -1
+        number = self._next
+        self._next = following = number + 1
+        at = self._ring + number % self._length * _RECORD_BYTES
+        _write_record(memory, at, _now(), 0, value, flow, self.step, kind, layer)
+        _write_number(memory, self._written, following)
+        return number
+
+    def end(self, number: int, value: int = 0, flow: int = 0) -> None:
+        if 0 <= number >= self._next - self._length:  # else newer ones have taken its place
+            _write_ending(self._memory, self._ring + number % self._length * _RECORD_BYTES + 8, _now(), value, flow)
+
+    def span(self, kind: int, layer: int = -1, value: int = 0, flow: int = 0) -> Self:
+        """Begins a span that ends with the `with` block."""
+        computes = kind in _COMPUTING
+        self._open.append((self.begin(kind, layer, value, flow), value, flow, computes))
+        if computes and self._arrived:
+            self._use()
+        return self
+
+    def tell(self, value: int, flow: int = 0) -> None:
+        """What the innermost open span is to say when it ends."""
+        number, _, _, computes = self._open[-1]
+        self._open[-1] = number, value, flow, computes
+
+    def arrived(self, ticket: Sequence[tuple[int, int]]) -> None:
+        """These requests (loader, number) are done, and this computation, or the next one, uses them."""
+        self._arrived.extend(ticket)
+
+    def names(self, layer: int, neuron_ids: np.ndarray) -> None:
+        """Keeps which neurons a sampled layer's step names: ids [n]."""
+        if layer in self._area.sampled and not self._memory[PAUSED_AT]:
+            named = np.zeros(int(self._area.header["d_ff"]), bool)
+            named[neuron_ids] = True
+            row = self.step % NAMED_STEPS
+            self._area.named[row, self._area.sampled.index(layer)] = np.packbits(named)
+            self._area.named_steps[row] = self.step
+
+    def count_reads(self, lengths: np.ndarray, *, in_order: bool) -> None:
+        """Counts finished reads [r] of so many bytes by size; `in_order`: of a stretch rather than of picked neurons."""
+        if self._memory[PAUSED_AT]:
+            return
+        sizes = np.ceil(np.log2(np.maximum(lengths, 1))).astype(np.int64)
+        self._header["reads"][int(in_order)] += np.bincount(sizes, minlength=SIZE_CLASSES)
+        self._header["read_bytes"][int(in_order)] += np.bincount(sizes, lengths, SIZE_CLASSES).astype(np.int64)
+
+    def writer_for(self, loader: int) -> int:
+        """The region of a loader; -1: there is none left."""
+        return loader + 1 if loader + 1 < self._area.num_writers else -1
+
+    def _use(self) -> None:
+        for loader, request in self._arrived:
+            self.end(self.begin(USED), 0, flow_of(loader, request))
+        self._arrived.clear()
+
+    def __exit__(self, *_: object) -> None:
+        number, value, flow, computes = self._open.pop()
+        if computes and self._arrived:  # in naive mode a layer's matrices arrive inside of its span
+            self._use()
+        self.end(number, value, flow)
+
+
+OFF = Off()
+_recorder = OFF
+
+
+def recorder() -> Off:
+    """This process's recorder."""
+    return _recorder
+
+
+def attach(descriptor: int, number: int = 0) -> Off:
+    """From now on this process records its spans as writer `number` of the area behind `descriptor`."""
+    global _recorder
+    _recorder = Recorder(TraceArea(descriptor), number)
+    return _recorder
+
+
+def detach() -> None:
+    """What is made from now on is not recorded."""
+    global _recorder
+    _recorder = OFF
