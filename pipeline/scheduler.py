@@ -9,6 +9,7 @@ import numpy as np
 from .engine import Engine
 from .outputs import RequestOutput
 from .requests import Continuation, Request, RequestProgress
+from .run_size import RunSize
 from .sampler import Sampler
 from .text import TokenBytes
 
@@ -25,20 +26,39 @@ class Scheduler:
         self._engine, self._sampler = engine, sampler
         self._end_ids, self._token_bytes, self._max_length = end_ids, token_bytes, max_length
 
-    def run(self, requests: Sequence[Request], on_tokens: Callable[[int], None] = lambda count: None) -> Iterator[RequestOutput]:
+    def run(
+        self,
+        requests: Iterable[Request],
+        on_tokens: Callable[[int], None] = lambda count: None,
+        *,
+        size: RunSize | None = None,
+        ready: Callable[[], bool] = lambda: True,
+    ) -> Iterator[RequestOutput]:
         """Yields each request's output when all its continuations are finished.
 
         Args:
-          requests: prompts that `check_prompt` has passed.
+          requests: prompts that `check_prompt` has passed; taken one by one, as slots become free.
           on_tokens: told of the tokens of every step.
+          size: what the engine is to be made ready for; None: found by taking all requests at once.
+          ready: whether another request may be begun now. When nothing is running the next one is taken without asking, and `requests`
+            may wait.
         """
-        if not requests:
+        progress: dict[int, RequestProgress] = {}
+        if size is None:
+            requests, size = list(requests), RunSize()
+            for request in requests:
+                size.add(len(request.prompt_token_ids), request.sampling_params)
+                progress[request.number] = self._begin(request)
+        if not size.num_sequences:
             return
-        self._prepare(requests)
-        progress = {request.number: self._begin(request) for request in requests}
-        waiting = deque(c for request in requests for c in progress[request.number].continuations)
+        self._prepare(size)
+        source = iter(requests)
+        waiting: deque[Continuation] = deque()
         slots: list[Continuation | None] = [None] * self._engine.num_seqs
-        while waiting or any(slots):
+        while True:
+            self._take(source, waiting, slots, progress, ready)
+            if not waiting and not any(slots):
+                return
             running = [(row, c) for row, c in enumerate(slots) if c is not None]
             admitted = self._admit(slots, waiting)
             if admitted:
@@ -54,13 +74,29 @@ class Scheduler:
                 self._extend(self._decode(running), running, on_tokens)
             yield from self._finished(slots, progress)
 
-    def _prepare(self, requests: Sequence[Request]) -> None:
+    def _prepare(self, size: RunSize) -> None:
         """Sizes the engine for these requests, in powers of two so that the next call finds it compiled."""
-        sequences = sum(request.sampling_params.n for request in requests)
-        num_seqs = min(self._engine.options.max_num_seqs, 1 << (sequences - 1).bit_length())
-        longest = max(len(r.prompt_token_ids) + r.sampling_params.max_tokens for r in requests)
-        self._engine.prepare(num_seqs, min(longest, self._max_length))
-        self._sampler.warm_up(num_seqs, [request.sampling_params for request in requests])
+        num_seqs = min(self._engine.options.max_num_seqs, 1 << (size.num_sequences - 1).bit_length())
+        self._engine.prepare(num_seqs, min(size.longest, self._max_length))
+        self._sampler.warm_up(num_seqs, list(size.kinds.values()))
+
+    def _take(
+        self,
+        source: Iterator[Request],
+        waiting: deque[Continuation],
+        slots: list[Continuation | None],
+        progress: dict[int, RequestProgress],
+        ready: Callable[[], bool],
+    ) -> None:
+        """Takes as many requests as there are free slots for."""
+        free = slots.count(None)
+        while len(waiting) < free and (ready() or (not waiting and free == len(slots))):
+            request = next(source, None)
+            if request is None:
+                return
+            if request.number not in progress:
+                progress[request.number] = self._begin(request)
+            waiting.extend(progress[request.number].continuations)
 
     def _begin(self, request: Request) -> RequestProgress:
         return RequestProgress(request, max_length=self._max_length, end_ids=self._end_ids, token_bytes=self._token_bytes)
