@@ -1,6 +1,6 @@
 """The input of a batch run: OpenAI's Batch JSONL, checked whole before the first token is generated.
 
-Only where each line lies is kept, 28 bytes a request; the requests themselves are read again when their turn comes.
+Only where each line lies is kept, 36 bytes a request; the requests themselves are read again when their turn comes.
 """
 
 import hashlib
@@ -136,7 +136,8 @@ class BatchFile:
         """Prepares `index_of`; returns the first problems with repeated custom_ids, and how many there are."""
         self._order = np.lexsort((np.arange(len(digests)), digests[:, 1], digests[:, 0]))
         self._digests = digests[self._order]
-        same = np.concatenate([[False], np.all(self._digests[1:] == self._digests[:-1], axis=1)])
+        same = np.zeros(len(digests), bool)
+        same[1:] = np.all(self._digests[1:] == self._digests[:-1], axis=1)
         first = np.maximum.accumulate(np.where(same, 0, np.arange(len(same))))
         places = sorted(zip(self._order[same].tolist(), self._order[first[same]].tolist(), strict=True))
         problems: list[tuple[int | None, str]] = []

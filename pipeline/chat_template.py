@@ -10,10 +10,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import InflashError, RunError
+from ..errors import InflashError
+from ..storage.tokenizer_files import CHAT_TEMPLATE_FILE
 
-TEMPLATE_FILE, CONFIG_FILE = "chat_template.jinja", "tokenizer_config.json"
+CONFIG_FILE = "tokenizer_config.json"
 ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+RENDERER = ("-m", "inflash.pipeline.chat_renderer")
 MOST_ENDLESS = 3
 """After so many endless renderings in a row nothing more is expected of a template."""
 
@@ -69,7 +71,7 @@ class ChatTemplate:
     def _start(self) -> None:
         # A new interpreter rather than multiprocessing's: users' scripts need no `if __name__ == "__main__"`.
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "inflash.pipeline.chat_renderer"],
+            [sys.executable, "-P", *RENDERER],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -78,7 +80,7 @@ class ChatTemplate:
         )
         answer = self._ask({"template": self._source, "tokens": self._tokens}, _START_S)
         if answer is None:
-            raise RunError("the process that renders chat templates ended at once; run again")
+            raise ChatTemplateError(f"{self._where}: the chat template cannot be compiled in time; correct it")
         if "error" in answer:
             self.close()
             raise ChatTemplateError(f"{self._where}: the chat template is broken: {answer['error']}; correct it")
@@ -124,8 +126,8 @@ def load_chat_template(folder: Path) -> ChatTemplate:
     if not isinstance(config, dict):
         raise ChatTemplateError(f"{folder / CONFIG_FILE}: expected a JSON object, found {type(config).__name__}")
     source, where = config.get("chat_template"), folder / CONFIG_FILE
-    if (folder / TEMPLATE_FILE).exists():
-        where = folder / TEMPLATE_FILE
+    if (folder / CHAT_TEMPLATE_FILE).exists():
+        where = folder / CHAT_TEMPLATE_FILE
         try:
             source = where.read_text(encoding="utf-8")
         except (OSError, ValueError) as error:
@@ -135,7 +137,7 @@ def load_chat_template(folder: Path) -> ChatTemplate:
         source = named.get("default")
     if source is None:
         raise ChatTemplateError(
-            f"this model has no chat template, so it takes no messages: neither {TEMPLATE_FILE} nor chat_template in {CONFIG_FILE} in "
+            f"this model has no chat template, so it takes no messages: neither {CHAT_TEMPLATE_FILE} nor chat_template in {CONFIG_FILE} in "
             f"{folder}; use /v1/completions, or convert the model again with such a file"
         )
     if not isinstance(source, str):

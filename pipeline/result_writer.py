@@ -117,8 +117,8 @@ class ResultWriter:
             name = next((place.name for place in self._places if place.num_waiting), self._places[0].name)
             lost = sum(place.num_waiting for place in self._places)
             raise RunError(
-                f"{name} cannot be written: {self._failure.strerror}; {lost} finished results are lost, the others stay in it: "
-                "make room and run again to go on"
+                f"{name} cannot be written: {self._failure.strerror}; {lost} finished results may be lost, the others stay "
+                "in it; make room and run again to go on"
             ) from self._failure
 
     def _work(self) -> None:
