@@ -23,6 +23,7 @@ from ..pipeline.batch_outputs import OPEN, SUCCEEDED, UNSUCCESSFUL, BatchOutputs
 from ..pipeline.model_files import generation_config
 from ..pipeline.result_file import STANDARD_OUTPUT
 from ..pipeline.result_writer import ResultWriter
+from ..pipeline.step_times import StepTimes
 from ..storage.store import Store, open_store
 from . import arguments as flags
 from .progress import bytes_bar, progress_bar
@@ -77,6 +78,11 @@ def run(arguments: argparse.Namespace) -> int:
             state.job = replace(job, total=len(batch))
             finished = _finished(arguments, outputs, batch, state)
             outputs.begin(resume=arguments.resume and outputs.resumable)
+            if np.all(finished != OPEN):  # there is nothing to load a model for
+                counts = {"completed": int(np.sum(finished == SUCCEEDED)), "failed": int(np.sum(finished == UNSUCCESSFUL))}
+                state.now("completed", **counts)
+                _report(arguments, state.job, StepTimes().summary())
+                return DONE
             return _run_job(arguments, batch, outputs, finished, state, stop)
 
 

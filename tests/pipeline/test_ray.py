@@ -27,7 +27,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
     return made
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def generator(store: Store) -> Iterator[TextGenerator]:
     made = TextGenerator(store.path, sampling_params=PARAMS, id_column="id", **OPTIONS)
     yield made

@@ -1,5 +1,6 @@
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny_models import write_neurons
@@ -14,12 +15,13 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 def test_a_node_has_one_copy_however_many_come_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "shared").mkdir()
     store, _ = write_neurons(tmp_path / "shared" / "store")
     copies, found, real = [], [], store_copy.shutil.copytree
 
-    def counting(source: Path, target: Path) -> None:
-        copies.append(source)
-        real(source, target)
+    def counting(*arguments: Any, **options: Any) -> Any:  # it calls itself for what lies below
+        copies.extend([store.path] if arguments and arguments[0] == store.path else [])
+        return real(*arguments, **options)
 
     monkeypatch.setattr(store_copy.shutil, "copytree", counting)
     threads = [
@@ -52,6 +54,8 @@ def test_an_interrupted_copy_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_another_store_of_the_same_name_is_not_taken_for_it(tmp_path: Path) -> None:
+    for name in "ab":
+        (tmp_path / name).mkdir()
     first, _ = write_neurons(tmp_path / "a" / "store")
     other, _ = write_neurons(tmp_path / "b" / "store", d_ff=256)
     local_copy(first.path, tmp_path / "node")
