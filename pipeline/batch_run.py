@@ -70,7 +70,7 @@ class BatchRun:
           RunError: the batch file was changed.
         """
         size = RunSize()
-        for index in np.flatnonzero(~self._done).tolist():
+        for index in map(int, np.flatnonzero(~self._done)):
             try:
                 request = self._make(index)
                 size.add(len(request.prompt_token_ids), request.sampling_params)
@@ -103,7 +103,7 @@ class BatchRun:
 
     def _requests(self, on_request: Callable[[], object]) -> Iterator[Request]:
         """What can be run, one by one; refuses the rest. Waits while no more results can be kept."""
-        for index in np.flatnonzero(~self._done).tolist():
+        for index in map(int, np.flatnonzero(~self._done)):
             while not self.draining and not self._writer.wait_ready(_LISTEN_S):
                 pass
             if self.draining:

@@ -47,7 +47,7 @@ class ResultWriter:
         self._queue: list[tuple[Results, bytes]] = []
         self._paused_since: float | None = None
         self._closing = self._hurried = False
-        self._failure: OSError | None = None
+        self._failure: Exception | None = None
         self._thread = threading.Thread(target=self._work, name="result-writer", daemon=True)
         self._thread.start()
 
@@ -99,32 +99,31 @@ class ResultWriter:
     def __enter__(self) -> "ResultWriter":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    def __exit__(self, _: type[BaseException] | None, ended_by: BaseException | None, *__: object) -> None:
         try:
-            self.close(hurry=kind is not None)
-        except OSError:
-            if kind is None:
+            self.close(hurry=ended_by is not None)
+        except (OSError, RunError) as error:
+            if ended_by is None:
                 raise
-        except RunError as error:
-            if kind is None:
-                raise
-            self._tell(str(error))  # what ended the run is told by its own exception
+            if str(error) != str(ended_by):
+                self._tell(str(error))  # and what ended the run is told by its own exception
 
     def _raise_failure(self) -> None:
         if isinstance(self._failure, BrokenPipeError):
             raise self._failure
         if self._failure is not None:
+            reason = getattr(self._failure, "strerror", None) or repr(self._failure)
             name = next((place.name for place in self._places if place.num_waiting), self._places[0].name)
             lost = sum(place.num_waiting for place in self._places)
             raise RunError(
-                f"{name} cannot be written: {self._failure.strerror}; {lost} finished results may be lost, the others stay "
+                f"{name} cannot be written: {reason}; {lost} finished results may be lost, the others stay "
                 "in it; make room and run again to go on"
             ) from self._failure
 
     def _work(self) -> None:
         try:
             self._write_all()
-        except OSError as error:
+        except Exception as error:  # whatever it is, who waits for this thread must hear of it
             self._failure = error
         finally:
             for place in self._places:

@@ -77,10 +77,11 @@ def run(arguments: argparse.Namespace) -> int:
             job = replace(job, endpoint=batch.url, input_sha256=batch.sha256, settings=_settings(arguments, store))
             state.job = replace(job, total=len(batch))
             finished = _finished(arguments, outputs, batch, state)
+            counts = {"completed": int(np.sum(finished == SUCCEEDED)), "failed": int(np.sum(finished == UNSUCCESSFUL))}
+            state.job = replace(state.job, **counts)
             outputs.begin(resume=arguments.resume and outputs.resumable)
             if np.all(finished != OPEN):  # there is nothing to load a model for
-                counts = {"completed": int(np.sum(finished == SUCCEEDED)), "failed": int(np.sum(finished == UNSUCCESSFUL))}
-                state.now("completed", **counts)
+                state.now("completed")
                 _report(arguments, state.job, StepTimes().summary())
                 return DONE
             return _run_job(arguments, batch, outputs, finished, state, stop)
@@ -138,7 +139,7 @@ def _run_job(
             limit = {"pause_limit_s": arguments.pause_limit, "tell": _tell}
             with ResultWriter(*outputs.take(), **limit) as writer:
                 running = BatchRun(llm, batch, finished != OPEN, writer, model=str(arguments.model))
-                running.completed, running.failed = int(np.sum(finished == SUCCEEDED)), int(np.sum(finished == UNSUCCESSFUL))
+                running.completed, running.failed = state.job.completed, state.job.failed
                 with progress_bar(total=int(np.sum(finished == OPEN)), unit="request", desc="measuring", delay=2) as bar:
                     size = running.measure(bar.update)
                 state.now("in_progress", **counts())
