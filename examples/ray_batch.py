@@ -47,8 +47,11 @@ def main() -> None:
 
     arguments.output.mkdir(parents=True, exist_ok=True)
     done = finished_ids(arguments.output)
-    rows = ray.data.read_json(arguments.input, lines=True).filter(lambda row: row["id"] not in done)
-    answers = rows.repartition(target_num_rows_per_block=arguments.batch_size).map_batches(
+    rows = ray.data.read_json(arguments.input).filter(lambda row: row["id"] not in done)
+    if not (num_rows := rows.count()):
+        print(f"every row of {arguments.input} has its text in {arguments.output}")
+        return
+    answers = rows.repartition(-(-num_rows // arguments.batch_size)).map_batches(  # what is written together is lost together
         TextGenerator,
         fn_constructor_kwargs={
             "model": arguments.model,

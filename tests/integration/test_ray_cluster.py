@@ -1,8 +1,11 @@
 """A Ray Data job on a local cluster of two nodes, as processes: the texts of one process, whatever dies."""
 
 import importlib
+import json
 import os
+import runpy
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -19,6 +22,7 @@ ray: Any = pytest.importorskip("ray", reason="the extra ray is not installed: pi
 
 pytestmark = [pytest.mark.filterwarnings(BUFFERED), pytest.mark.filterwarnings("ignore"), pytest.mark.integration]
 
+EXAMPLE = Path(__file__).parents[2] / "examples" / "ray_batch.py"
 NUM_ROWS = 48
 SETTINGS: dict[str, Any] = {
     "sampling_params": {"max_tokens": 6, "ignore_eos": True},
@@ -29,7 +33,7 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
     cluster = importlib.import_module("ray.cluster_utils").Cluster(initialize_head=True, head_node_args={"num_cpus": 2})
     cluster.add_node(num_cpus=2)
@@ -43,17 +47,17 @@ def cluster() -> Iterator[Any]:
         cluster.shutdown()
 
 
-@pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return make_store(tmp_path, tokenizer=True, num_hidden_layers=1)
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    return make_store(tmp_path_factory.mktemp("ray"), tokenizer=True, num_hidden_layers=1)
 
 
 def rows() -> list[dict[str, Any]]:
     return [{"id": number, "prompt": f"prompt {number}" if number % 7 else ""} for number in range(NUM_ROWS)]
 
 
-def expected(store: Store) -> dict[int, tuple[str, bool]]:
-    generator = TextGenerator(store.path, **SETTINGS)
+def expected(store: Store, **settings: Any) -> dict[int, tuple[str, bool]]:
+    generator = TextGenerator(store.path, **settings)
     try:
         columns: Any = {name: [row[name] for row in rows()] for name in ("id", "prompt")}
         found = generator(columns)
@@ -103,5 +107,28 @@ def test_two_nodes_write_what_one_process_would_and_survive_a_death(cluster: Any
     assert killed
     nodes = {file.read_text() for file in notes.iterdir()}
     assert len(nodes) == 2
-    assert found == expected(store)
+    assert found == expected(store, **SETTINGS)
     assert (tmp_path / "flash" / "store").is_dir()
+
+
+def test_the_example_goes_on_where_it_was(
+    cluster: Any, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    def run(lines: list[dict[str, Any]]) -> dict[int, tuple[str, bool]]:
+        (tmp_path / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        words = ["--model", str(store.path), "--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "out")]
+        monkeypatch.setattr(sys, "argv", [str(EXAMPLE), *words, "--max-tokens", "6", "--batch-size", "8"])
+        runpy.run_path(str(EXAMPLE), run_name="__main__")
+        found = [json.loads(line) for file in (tmp_path / "out").iterdir() for line in file.read_text().splitlines()]
+        texts = {row["id"]: (row[TEXT], bool(row[ERROR])) for row in found}
+        assert len(texts) == len(found), "a row was answered twice"
+        return texts
+
+    asked = [row for row in rows() if row["prompt"]]
+    half = run(asked[:20])
+    assert half.keys() == {row["id"] for row in asked[:20]}
+    everything = run(asked)
+    alone = expected(store, sampling_params={"max_tokens": 6}, id_column="id")
+    assert everything == {row["id"]: alone[row["id"]] for row in asked}
+    assert run(asked) == everything
+    assert "every row of" in capsys.readouterr().out
