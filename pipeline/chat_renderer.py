@@ -11,20 +11,36 @@ import signal
 import sys
 from typing import Any
 
-RENDER_S = 2.0
+import jinja2
+from jinja2 import nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+RENDER_S = 2.0  # of the processor: a busy machine makes no template endless
 MEMORY_BYTES = 1 << 30
 MOST_CHARACTERS = 4 << 20
 
 
+class Generation(Extension):
+    """`{% generation %}` marks the assistant's words for training; here its body is only rendered."""
+
+    tags = frozenset({"generation"})  # pyright: ignore[reportAssignmentType]
+
+    def parse(self, parser: Any) -> Any:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.Scope(body, lineno=line)
+
+
 def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal group; who asked decides when this stops
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends the process, also in the middle of one long operation
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)  # ends the process, also in the middle of one long operation
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
     template: Any = None
     for line in sys.stdin.buffer:
         request = json.loads(line)
-        signal.setitimer(signal.ITIMER_REAL, RENDER_S)
+        signal.setitimer(signal.ITIMER_PROF, RENDER_S)
         try:
             if template is None:
                 template, answer = _compile(request["template"], request["tokens"]), {}
@@ -36,27 +52,12 @@ def main() -> None:
             answer = {"error": "it calls itself too deeply"}
         except Exception as error:  # of the template's making, whatever it is
             answer = {"error": " ".join(f"{error}".split())[:300] or type(error).__name__}
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
         sys.stdout.buffer.write(json.dumps(answer).encode() + b"\n")
         sys.stdout.buffer.flush()
 
 
 def _compile(source: str, tokens: dict[str, Any]) -> Any:
-    import jinja2
-    from jinja2 import nodes
-    from jinja2.ext import Extension, loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    class Generation(Extension):
-        """`{% generation %}` marks the assistant's words for training; here its body is only rendered."""
-
-        tags = frozenset({"generation"})  # pyright: ignore[reportAssignmentType]
-
-        def parse(self, parser: Any) -> Any:
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            return nodes.Scope(body, lineno=line)
-
     def raise_exception(message: str) -> None:
         raise jinja2.TemplateError(message)
 

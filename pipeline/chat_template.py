@@ -19,8 +19,8 @@ RENDERER = ("-m", "inflash.pipeline.chat_renderer")
 MOST_ENDLESS = 3
 """After so many endless renderings in a row nothing more is expected of a template."""
 
-_ANSWER_S = 10.0  # more than a rendering may take; and for the first answer, an interpreter's start on a busy machine
-_START_S = 60.0
+_ANSWER_S = 30.0  # far more than the two seconds of the processor that a rendering may take
+_START_S = 60.0  # an interpreter's start on a busy machine
 
 
 class ChatTemplateError(InflashError):
