@@ -67,7 +67,7 @@ def test_without_special_tokens_in_messages_a_chat_is_encoded_as_its_text_would_
 def test_special_tokens_in_a_message_are_only_characters(encoder: PromptEncoder, content: str) -> None:
     text, ids = encoder.encode(chat(content))
     plain, plain_ids = encoder.encode(chat("x"))
-    assert text == plain.replace("x", content.strip())
+    assert plain is not None and text == plain.replace("x", content.strip())
     special = {chat_tokenizer().token_to_id(token) for token in SPECIAL}
     assert [token for token in ids if token in special] == [token for token in plain_ids if token in special]
     assert decoded(ids) == text

@@ -17,6 +17,23 @@ from inflash.pipeline.result_writer import MOST_WAITING, ResultWriter
 WAIT_S = 20
 
 
+class Failing:
+    """A file of the operating system's that takes ten bytes and then fails, while its disk has a fault."""
+
+    def __init__(self, file: Any, disk: "Disk") -> None:
+        self._file, self._disk = file, disk
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+    def write(self, data: bytes) -> int:
+        self._disk.num_tries += 1
+        if self._disk.fault is None:
+            return self._file.write(data)
+        self._file.write(data[:10])
+        raise self._disk.fault
+
+
 class Disk(ResultFile):
     """A result file on a disk that can be made to fail: the last step before the operating system is replaced, nothing of ours."""
 
@@ -26,20 +43,7 @@ class Disk(ResultFile):
         self.fault: OSError | None = None
         self.num_tries = 0
         self.synced: list[tuple[float, int]] = []
-        real = self._file
-
-        class Failing:
-            def __getattr__(_, name: str) -> Any:
-                return getattr(real, name)
-
-            def write(_, data: bytes) -> int:
-                self.num_tries += 1
-                if self.fault is None:
-                    return real.write(data)
-                real.write(data[:10])
-                raise self.fault
-
-        self._file = Failing()  # pyright: ignore[reportAttributeAccessIssue]
+        self._file = Failing(self._file, self)  # pyright: ignore[reportAttributeAccessIssue]
 
     def sync(self) -> None:
         super().sync()
