@@ -54,10 +54,10 @@ class _State:
         if self._path is not None:
             self.job.write(self._path)
 
-    def ends_badly(self, status: str, errors: list[tuple[int | None, str, str]], counts: dict[str, int]) -> None:
-        """Notes it where that is possible; the disk may be what is wrong."""
+    def note(self, status: str, **changes: Any) -> None:
+        """Says it where that is possible: a disk that takes nothing must not cost finished results."""
         try:
-            self.now(status, errors=errors, **counts)
+            self.now(status, **changes)
         except InflashError as error:
             _tell(str(error))
 
@@ -73,31 +73,38 @@ def run(arguments: argparse.Namespace) -> int:
         state = _State(job, arguments.output_file if outputs.resumable else None)
         if outputs.fresh:
             state.write()
-        with _read(arguments, store, state if outputs.fresh else None) as batch:
-            job = replace(job, endpoint=batch.url, input_sha256=batch.sha256, settings=_settings(arguments, store))
-            state.job = replace(job, total=len(batch))
-            finished = _finished(arguments, outputs, batch, state)
-            counts = {"completed": int(np.sum(finished == SUCCEEDED)), "failed": int(np.sum(finished == UNSUCCESSFUL))}
-            state.job = replace(state.job, **counts)
-            outputs.begin(resume=arguments.resume and outputs.resumable)
-            if np.all(finished != OPEN):  # there is nothing to load a model for
-                state.now("completed")
-                _report(arguments, state.job, StepTimes().summary())
-                return DONE
-            return _run_job(arguments, batch, outputs, finished, state, stop)
+        try:
+            with _read(arguments, store) as batch:
+                return _run_checked(arguments, store, batch, outputs, state, stop)
+        except InflashError as error:
+            if outputs.fresh and state.job.status == "validating":
+                problems = error.problems if isinstance(error, BatchFileError) else [(None, str(error))]
+                state.note("failed", errors=[(line, "invalid_request", message) for line, message in problems])
+            raise
 
 
-def _read(arguments: argparse.Namespace, store: Store, state: _State | None) -> BatchFile:
+def _read(arguments: argparse.Namespace, store: Store) -> BatchFile:
     path: Path = arguments.input_file
     size = path.stat().st_size if path != STANDARD_INPUT and path.is_file() else None
-    try:
-        with bytes_bar(size, "checking") as bar:
-            return read_batch(path, generation_config=generation_config(store), on_bytes=bar.update)
-    except InflashError as error:
-        if state is not None:
-            problems = error.problems if isinstance(error, BatchFileError) else [(None, str(error))]
-            state.ends_badly("failed", [(line, "invalid_request", message) for line, message in problems], {})
-        raise
+    with bytes_bar(size, "checking") as bar:
+        return read_batch(path, generation_config=generation_config(store), on_bytes=bar.update)
+
+
+def _run_checked(
+    arguments: argparse.Namespace, store: Store, batch: BatchFile, outputs: BatchOutputs, state: _State, stop: "_Stop"
+) -> int:
+    """Finds out what is left to do, and does it."""
+    settings = _settings(arguments, store)
+    state.job = replace(state.job, endpoint=batch.url, input_sha256=batch.sha256, settings=settings, total=len(batch))
+    finished = _finished(arguments, outputs, batch, state)
+    counts = {"completed": int(np.sum(finished == SUCCEEDED)), "failed": int(np.sum(finished == UNSUCCESSFUL))}
+    state.job = replace(state.job, **counts)
+    outputs.begin(resume=arguments.resume and outputs.resumable)
+    if np.all(finished != OPEN):  # there is nothing to load a model for
+        state.now("completed")
+        _report(arguments, state.job, StepTimes().summary())
+        return DONE
+    return _run_job(arguments, batch, outputs, finished, state, stop)
 
 
 def _settings(arguments: argparse.Namespace, store: Store) -> dict[str, Any]:
@@ -146,16 +153,16 @@ def _run_job(
                 _answer(arguments, running, size, state, stop)
                 if running.draining and not writer.ready:
                     writer.close(hurry=True)
-                state.now("finalizing", **counts())
+                state.note("finalizing", **counts())
             summary = llm.engine.times.summary()
     except KeyboardInterrupt:
-        state.ends_badly("cancelled", [], counts())
+        state.note("cancelled", **counts())
         raise
     except BaseException as error:
-        state.ends_badly("failed", [(None, "run_failed", str(error) or type(error).__name__)], counts())
+        state.note("failed", errors=[(None, "run_failed", str(error) or type(error).__name__)], **counts())
         raise
     stopped = running.waiting > 0
-    state.now("cancelled" if stopped else "completed", **counts())
+    state.note("cancelled" if stopped else "completed", **counts())
     _report(arguments, state.job, summary)
     return STOPPED if stopped else DONE
 
