@@ -2,8 +2,8 @@
 
     python tests/integration/batch_kills.py --runs 50
 
-One JSON document on standard output. Every run is a job of its own on the embedded model: the engine (or every third time a loader) gets
-SIGKILL at a random moment between the command's start and the time that the whole run takes, again and again until the job is finished.
+One JSON document on standard output. Every run is a job of its own on the embedded model. The engine, or every third time a loader, gets
+SIGKILL some random milliseconds after a random number of new results, which may be none; after a few kills the job may finish.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from inflash.storage.checkpoint import open_source
 from inflash.storage.convert import convert
 from inflash.tools.demo import EMBEDDED
 
-MOST_STARTS = 60
+MOST_STARTS = 20
 
 
 def write_requests(file: Path, count: int) -> None:
@@ -63,12 +63,23 @@ def texts(output: Path) -> dict[str, str]:
     return found
 
 
-def disturbed(words: list[str], longest_s: float, victims: list[str]) -> int:
+def wait_for_results(process: subprocess.Popen[bytes], output: Path, count: int) -> None:
+    """Until there are so many lines or the process has ended; and then some milliseconds."""
+    while process.poll() is None and (output.read_bytes().count(b"\n") if output.exists() else 0) < count:
+        time.sleep(0.002)
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(random.uniform(0, 0.2))
+
+
+def disturbed(words: list[str], output: Path, num_requests: int, kills: int, victims: list[str]) -> int:
     """Starts, kills and starts again until the job is done; returns the number of starts."""
     for start in range(1, MOST_STARTS + 1):
+        finished = output.read_bytes().count(b"\n") if output.exists() else 0
         process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(random.uniform(0, longest_s) if start < MOST_STARTS else None)
+        if start <= kills:
+            wait_for_results(process, output, random.randrange(finished, num_requests))
+        else:
+            process.wait(600)
         if process.poll() is None:
             children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
             victim = int(children[0]) if children and len(victims) % 3 == 2 else process.pid
@@ -87,6 +98,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=50)
     parser.add_argument("--requests", type=int, default=400)
+    parser.add_argument("--kills", type=int, default=3, help="of each run")
     parser.add_argument("--seed", type=int, default=int.from_bytes(os.urandom(4), "little"))
     arguments = parser.parse_args()
     random.seed(arguments.seed)
@@ -110,7 +122,7 @@ def main() -> None:
         victims: list[str] = []
         for number in range(arguments.runs):
             output = folder / f"{number}.jsonl"
-            starts.append(disturbed(command(requests, output, store), longest_s, victims))
+            starts.append(disturbed(command(requests, output, store), output, arguments.requests, arguments.kills, victims))
             assert texts(output) == expected, f"run {number}, seed {arguments.seed}: the texts differ"
             print(f"{number + 1} of {arguments.runs}: {starts[-1]} starts", file=sys.stderr)
         left = [entry for entry in os.listdir("/dev/shm") if entry.startswith(("psm_", "inflash"))]
