@@ -1,63 +1,153 @@
-"""The input of a batch run: OpenAI's Batch JSONL, checked whole before the first token is generated."""
+"""The input of a batch run: OpenAI's Batch JSONL, checked whole before the first token is generated.
+
+Only where each line lies is kept, 36 bytes a request; the requests themselves are read again when their turn comes.
+"""
 
 import hashlib
-import json
-from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+import os
+import shutil
+import stat
+import sys
+import tempfile
+from array import array
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, Self
 
-from ..errors import InflashError
+import numpy as np
+
+from ..errors import InflashError, RunError
+from .batch_json import parse_object, shown
+from .batch_requests import LINE_FIELDS, BatchRequest, parse_request
 from .sampling_params import SamplingParams
 
-URL = "/v1/completions"
 SHOWN_PROBLEMS = 20
-LINE_FIELDS = ("custom_id", "method", "url", "body")
-SAMPLING_FIELDS = tuple(field.name for field in fields(SamplingParams))
-NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {  # OpenAI's fields that are taken only where they ask for nothing
-    "stream": (None, False),
-    "stream_options": (None,),
-    "echo": (None, False),
-    "best_of": (None,),  # or as many as n
-    "suffix": (None, ""),
-    "logit_bias": (None, {}),
-}
-BODY_FIELDS = ("model", "prompt", "user", *SAMPLING_FIELDS, *NEUTRAL_VALUES)
+MOST_LINE_BYTES = 4 << 20
+STANDARD_INPUT = Path("-")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BatchRequest:
-    """One line of a batch file.
+class BatchFileError(InflashError):
+    """A batch file with faults.
 
     Attributes:
-      custom_id: the user's name for it, unique in its file.
-      line: its line number, from 1.
-      model: the name that the line gives; None where it gives none.
-      prompt: text, or token ids (not yet checked against a vocabulary).
-      sampling_params: how to continue it.
+      problems: (line number, what is wrong), the first 20; (None, ...) for a fault of no line.
     """
 
-    custom_id: str
-    line: int
-    model: str | None
-    prompt: str | tuple[int, ...]
-    sampling_params: SamplingParams
+    def __init__(self, message: str, problems: list[tuple[int | None, str]]) -> None:
+        super().__init__(message)
+        self.problems = problems
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
 class BatchFile:
-    """A batch file without a fault.
+    """A batch file without a fault; a context manager that holds it open.
 
     Attributes:
-      path: where it lies.
+      path: where it lies; `-` for standard input.
       sha256: of its bytes, hexadecimal.
-      requests: its lines in order; blank ones are passed over.
+      url: the endpoint that all of its requests name.
     """
 
-    path: Path
-    sha256: str
-    requests: tuple[BatchRequest, ...]
+    def __init__(self, path: Path, file: BinaryIO, defaults: tuple[Mapping[str, Any], Mapping[str, Any]]) -> None:
+        """Made by `read_batch`."""
+        self.path, self.sha256, self.url = path, "", ""
+        self._file, self._defaults = file, defaults
+        self._offsets, self._numbers = array("Q"), array("I")
+        self._digests = np.empty((0, 2), np.uint64)
+        self._order = np.empty(0, np.int64)
+        self._version = _version(file)
+
+    def __len__(self) -> int:
+        return len(self._offsets)
+
+    def __iter__(self) -> Iterator[BatchRequest]:
+        return map(self.request, range(len(self)))
+
+    def request(self, index: int) -> BatchRequest:
+        """The request at a place in the file, from 0; blank lines do not count.
+
+        Raises:
+          RunError: the file was changed since it was checked.
+        """
+        if _version(self._file) != self._version:
+            raise RunError(f"batch file {self.path} was changed while it was being run; finished results are kept")
+        self._file.seek(self._offsets[index])
+        line = self._file.readline()
+        return parse_request(parse_object(line), self._numbers[index], *self._defaults)
+
+    def index_of(self, custom_id: str) -> int | None:
+        """The place of a request, or None if the file has no such request."""
+        digest = _digest(custom_id)
+        first = int(np.searchsorted(self._digests[:, 0], digest[0]))
+        while first < len(self) and self._digests[first, 0] == digest[0]:
+            if self._digests[first, 1] == digest[1]:
+                return int(self._order[first])
+            first += 1
+        return None
+
+    def close(self) -> None:
+        """Closes the file. Idempotent."""
+        self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def read(self, on_bytes: Callable[[int], object]) -> None:
+        """Checks every line.
+
+        Raises:
+          BatchFileError: some are bad, or there are none.
+        """
+        digest, words = hashlib.sha256(), array("Q")
+        problems: list[tuple[int | None, str]] = []
+        num_bad, offset, first_line = 0, 0, 0
+        for number, (pieces, num_bytes) in enumerate(_lines(self._file, digest.update), 1):
+            start, offset = offset, offset + num_bytes
+            on_bytes(num_bytes)
+            if number == 1 and pieces.startswith(b"\xef\xbb\xbf"):
+                pieces, start = pieces[3:], 3
+            if not pieces.strip():
+                continue
+            try:
+                if num_bytes > MOST_LINE_BYTES:
+                    raise InflashError(f"{num_bytes} bytes long; a line may have {MOST_LINE_BYTES}")
+                request = parse_request(parse_object(pieces), number, *self._defaults)
+                self.url, first_line = self.url or request.url, first_line or number
+                if request.url != self.url:
+                    raise InflashError(f"url is '{request.url}', that of line {first_line} is '{self.url}'; make a file of each")
+                self._offsets.append(start)
+                self._numbers.append(number)
+                words.extend(_digest(request.custom_id))
+            except InflashError as error:
+                num_bad += 1
+                problems += [(number, str(error))] if len(problems) < SHOWN_PROBLEMS else []
+        self.sha256 = digest.hexdigest()
+        repeated, num_repeated = self._sort(np.frombuffer(words, np.uint64).reshape(-1, 2))
+        problems = sorted(problems + repeated, key=lambda problem: problem[0] or 0)[:SHOWN_PROBLEMS]
+        if problems:
+            raise BatchFileError(_report(self.path, problems, num_bad + num_repeated), problems)
+        if not len(self):
+            message = f"batch file {self.path} is empty; expected one JSON object a line, with {', '.join(LINE_FIELDS)}"
+            raise BatchFileError(message, [(None, message)])
+
+    def _sort(self, digests: np.ndarray) -> tuple[list[tuple[int | None, str]], int]:
+        """Prepares `index_of`; returns the first problems with repeated custom_ids, and how many there are."""
+        self._order = np.lexsort((np.arange(len(digests)), digests[:, 1], digests[:, 0]))
+        self._digests = digests[self._order]
+        same = np.zeros(len(digests), bool)
+        same[1:] = np.all(self._digests[1:] == self._digests[:-1], axis=1)
+        first = np.maximum.accumulate(np.where(same, 0, np.arange(len(same))))
+        places = sorted(zip(self._order[same].tolist(), self._order[first[same]].tolist(), strict=True))
+        problems: list[tuple[int | None, str]] = []
+        for place, earlier in places[:SHOWN_PROBLEMS]:
+            request = self.request(place)
+            line = self._numbers[earlier]
+            problems.append(
+                (request.line, f"custom_id {shown(request.custom_id)} is already that of line {line}; make it unique")
+            )
+        return problems, len(places)
 
 
 def read_batch(
@@ -65,161 +155,73 @@ def read_batch(
     *,
     command_line: Mapping[str, Any] | None = None,
     generation_config: Mapping[str, Any] | None = None,
+    on_bytes: Callable[[int], object] = lambda count: None,
 ) -> BatchFile:
     """Reads and checks every line of a batch file.
 
     Args:
-      path: the file, UTF-8.
+      path: the file, UTF-8; `-` for standard input, which is kept in a temporary file, as a pipe is.
       command_line: `SamplingParams` fields for requests that do not give them.
       generation_config: the model's defaults for what neither gives.
+      on_bytes: told how many bytes have been checked.
 
     Raises:
-      InflashError: one that lists the bad lines (the first 20 and their number), or says why there is nothing to read.
+      BatchFileError: one that lists the bad lines (the first 20 and their number).
+      InflashError: the file cannot be read.
     """
     path = Path(path)
     SamplingParams.from_defaults(generation_config or {})  # a fault of the model's file is no line's fault
-    digest = hashlib.sha256()
-    num_bad = 0
-    problems: list[str] = []
-    requests: dict[str, BatchRequest] = {}
     try:
-        with path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                digest.update(line)
-                line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
-                if not line.strip():
-                    continue
-                try:
-                    request = _parse_line(line, number, command_line or {}, generation_config or {})
-                    if request.custom_id in requests:
-                        first = requests[request.custom_id].line
-                        raise InflashError(
-                            f"custom_id {_shown(request.custom_id)} is already that of line {first}; make it unique"
-                        )
-                    requests[request.custom_id] = request
-                except InflashError as error:
-                    num_bad += 1
-                    problems += [f"line {number}: {error}"] if num_bad <= SHOWN_PROBLEMS else []
+        batch = BatchFile(path, _open_input(path), (command_line or {}, generation_config or {}))
+        try:
+            batch.read(on_bytes)
+        except BaseException:
+            batch.close()
+            raise
     except OSError as error:
         raise InflashError(f"batch file {path} cannot be read: {error.strerror}") from error
-    if problems:
-        raise InflashError(_report(path, problems, num_bad))
-    if not requests:
-        raise InflashError(f"batch file {path} is empty; expected one JSON object a line, with {', '.join(LINE_FIELDS)}")
-    return BatchFile(path=path, sha256=digest.hexdigest(), requests=tuple(requests.values()))
+    return batch
 
 
-def _report(path: Path, problems: list[str], num_bad: int) -> str:
+def _open_input(path: Path) -> BinaryIO:
+    file = os.fdopen(os.dup(sys.stdin.fileno()), "rb") if path == STANDARD_INPUT else path.open("rb")
+    if stat.S_ISREG(os.fstat(file.fileno()).st_mode) and file.tell() == 0:
+        return file
+    with file:
+        spool = tempfile.TemporaryFile(prefix="inflash-batch-")  # noqa: SIM115 - who reads it closes it
+        try:
+            shutil.copyfileobj(file, spool, 1 << 20)
+            spool.seek(0)
+        except BaseException:
+            spool.close()
+            raise
+    return spool  # pyright: ignore[reportReturnType]
+
+
+def _lines(file: BinaryIO, on_piece: Callable[[bytes], None]) -> Iterator[tuple[bytes, int]]:
+    """Each line and its length; of one that is too long only the beginning, which is all that is held."""
+    while line := file.readline(MOST_LINE_BYTES + 1):
+        on_piece(line)
+        num_bytes, piece = len(line), line
+        while not piece.endswith(b"\n") and (piece := file.readline(MOST_LINE_BYTES)):
+            on_piece(piece)
+            num_bytes += len(piece)
+        yield line, num_bytes
+
+
+def _version(file: BinaryIO) -> tuple[int, int]:
+    status = os.fstat(file.fileno())
+    return status.st_size, status.st_mtime_ns
+
+
+def _digest(custom_id: str) -> tuple[int, int]:
+    """128 bits that stand for it: no two ids have the same."""
+    words = hashlib.blake2b(custom_id.encode(), digest_size=16).digest()
+    return int.from_bytes(words[:8], "little"), int.from_bytes(words[8:], "little")
+
+
+def _report(path: Path, problems: list[tuple[int | None, str]], num_bad: int) -> str:
     count = f"{num_bad} bad line{'s' if num_bad > 1 else ''}"
-    more = [f"... and {num_bad - len(problems)} more"] if num_bad > len(problems) else []
-    return "\n  ".join([f"batch file {path}: {count}, so nothing was run; correct and start again", *problems, *more])
-
-
-def _parse_line(line: bytes, number: int, command_line: Mapping[str, Any], generation_config: Mapping[str, Any]) -> BatchRequest:
-    document = _parse_json(line)
-    _no_unknown(document, LINE_FIELDS, "line")
-    custom_id = _text(document, "custom_id")
-    if document.get("method") != "POST":
-        raise InflashError(f"method should be 'POST', found {_shown(document.get('method'))}")
-    if document.get("url") != URL:
-        raise InflashError(f"url should be '{URL}' (the only one supported so far), found {_shown(document.get('url'))}")
-    body = document.get("body")
-    if not isinstance(body, dict):
-        raise InflashError(f"body should be an object, found {_shown(body)}")
-    _no_unknown(body, BODY_FIELDS, "body")
-    _only_neutral(body)
-    for name in ("model", "user"):
-        if body.get(name) is not None:
-            _text(body, name, least=0)
-    given = {name: body[name] for name in SAMPLING_FIELDS if body.get(name) is not None}
-    params = SamplingParams.from_defaults(generation_config, **{**command_line, **given})
-    for string in params.stop_strings:
-        _encodable(string, "stop")
-    return BatchRequest(
-        custom_id=custom_id, line=number, model=body.get("model"), prompt=_prompt(body.get("prompt")), sampling_params=params
-    )
-
-
-def _parse_json(line: bytes) -> dict[str, Any]:
-    try:
-        document = json.loads(line.decode("utf-8"), parse_constant=_refuse_constant, object_pairs_hook=_unique_keys)
-    except UnicodeDecodeError as error:
-        raise InflashError(f"not UTF-8: byte {error.start + 1} of the line is 0x{line[error.start]:02x}") from error
-    except json.JSONDecodeError as error:
-        raise InflashError(f"not JSON: {error.msg} at character {error.pos + 1}") from error
-    except (ValueError, RecursionError) as error:  # integers of thousands of digits, thousands of brackets
-        raise InflashError(f"not JSON that can be read: {error}") from error
-    if not isinstance(document, dict):
-        raise InflashError(f"expected a JSON object, found {_shown(document)}")
-    return document
-
-
-def _refuse_constant(name: str) -> None:
-    raise InflashError(f"not JSON: {name} is no JSON number")
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    document = dict(pairs)
-    if len(document) < len(pairs):
-        twice = [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]
-        raise InflashError(f"fields given twice: {_names(twice)}")
-    return document
-
-
-def _no_unknown(document: dict[str, Any], known: tuple[str, ...], where: str) -> None:
-    unknown = [name for name in document if name not in known]
-    if unknown:
-        raise InflashError(f"{where} has unknown fields {_names(unknown)}; supported are {', '.join(known)}")
-
-
-def _only_neutral(body: dict[str, Any]) -> None:
-    for name, neutral in NEUTRAL_VALUES.items():
-        value = body.get(name)
-        if name == "best_of":
-            neutral = (None, body.get("n") or 1)
-        if not any(type(value) is type(allowed) and value == allowed for allowed in neutral):
-            raise InflashError(f"body asks for {name} = {_shown(value)}, which is not supported; leave {name} out")
-
-
-def _prompt(prompt: Any) -> str | tuple[int, ...]:
-    if isinstance(prompt, str):
-        _encodable(prompt, "prompt")
-        if prompt:
-            return prompt
-    elif isinstance(prompt, list) and prompt and all(isinstance(item, (str, list)) for item in prompt):
-        raise InflashError("prompt is a list of prompts, of which a line takes one; give each its own line and custom_id")
-    elif isinstance(prompt, list):
-        for place, token in enumerate(prompt):
-            if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < 2**31:
-                raise InflashError(f"prompt[{place}] should be a token id (an integer of at least 0), found {_shown(token)}")
-        if prompt:
-            return tuple(prompt)
-    else:
-        raise InflashError(f"prompt should be a string or a list of token ids, found {_shown(prompt)}")
-    raise InflashError("prompt should not be empty")
-
-
-def _text(document: dict[str, Any], name: str, *, least: int = 1) -> str:
-    value = document.get(name)
-    if not isinstance(value, str) or len(value) < least:
-        raise InflashError(f"{name} should be a string{', not empty' if least else ''}, found {_shown(value)}")
-    _encodable(value, name)
-    return value
-
-
-def _encodable(text: str, name: str) -> None:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise InflashError(f"{name} holds half a character (an unpaired surrogate) at character {error.start + 1}") from error
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, (dict, list)):  # may be nested too deeply to print
-        return f"{'an object' if isinstance(value, dict) else 'a list'} of {len(value)}"
-    text = "nothing" if value is None else json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _names(names: list[str]) -> str:
-    return ", ".join(_shown(name) for name in names[:SHOWN_PROBLEMS])
+    lines = [f"line {number}: {problem}" for number, problem in problems]
+    more = [f"... and {num_bad - len(lines)} more"] if num_bad > len(lines) else []
+    return "\n  ".join([f"batch file {path}: {count}, so nothing was run; correct and start again", *lines, *more])

@@ -6,16 +6,18 @@ It remembers what the results were made from, so that a run is never resumed wit
 import json
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from ..errors import InflashError
-from .batch_file import URL
-from .batch_results import replace_file
+from .result_file import replace_file
 
 STATUSES = ("validating", "failed", "in_progress", "finalizing", "completed", "cancelling", "cancelled")
+WINDOW = "unlimited"  # the Batch object must have one; this run takes what it takes
+STAMPS = tuple(f"{status}_at" for status in STATUSES if status != "validating")
+_COUNTS = ("total", "completed", "failed")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,23 +26,35 @@ class BatchJob:
 
     Attributes:
       id: "batch_" and a random part.
-      input_sha256: of the input file.
+      endpoint: of all its requests; empty while that is not known.
+      input_file_id, output_file_id, error_file_id: the files' paths.
+      input_sha256: of the input file; empty while that is not known.
       settings: what else decides the results (model, options), in JSON's types.
       total, completed, failed: requests of the input, those with status 200, those refused or failed.
       status: one of STATUSES.
-      created_at, in_progress_at, completed_at: Unix times in seconds; None for what did not happen yet.
+      errors: for status "failed": line (None for what is no line's), code and message of each fault.
+      created_at and the others: Unix times in seconds; None for what did not happen (yet).
     """
 
     id: str
-    input_sha256: str
+    endpoint: str = ""
+    input_file_id: str
+    output_file_id: str
+    error_file_id: str | None = None
+    input_sha256: str = ""
     settings: dict[str, Any]
-    total: int
+    total: int = 0
     completed: int = 0
     failed: int = 0
     status: str = "validating"
+    errors: tuple[tuple[int | None, str, str], ...] = ()
     created_at: int
     in_progress_at: int | None = None
+    finalizing_at: int | None = None
     completed_at: int | None = None
+    failed_at: int | None = None
+    cancelling_at: int | None = None
+    cancelled_at: int | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.settings, dict):
@@ -48,11 +62,17 @@ class BatchJob:
         if self.status not in STATUSES:
             raise InflashError(f"batch job: status should be one of {', '.join(STATUSES)}, found {self.status!r}")
 
-    def now(self, status: str, **counts: int) -> "BatchJob":
-        """The job in another state, with other counts (`completed`, `failed`) and the time of its first entry noted."""
-        stamp = f"{status}_at"
-        times = {stamp: int(time.time())} if stamp in ("in_progress_at", "completed_at") and getattr(self, stamp) is None else {}
-        return replace(self, status=status, **times, **counts)
+    def now(self, status: str, *, errors: Sequence[tuple[int | None, str, str]] = (), **counts: int) -> "BatchJob":
+        """The job in another state, with other counts (`completed`, `failed`), and the time noted.
+
+        A job that goes on forgets how it ended before.
+        """
+        times: dict[str, int | None] = {}
+        if status == "in_progress":
+            times = dict.fromkeys(STAMPS) | {"in_progress_at": self.in_progress_at or int(time.time())}
+        elif f"{status}_at" in STAMPS:
+            times[f"{status}_at"] = int(time.time())
+        return replace(self, status=status, errors=tuple(errors), **times, **counts)
 
     def write(self, output: str | Path) -> None:
         """Writes `<output>.job.json`, whole or not at all.
@@ -60,10 +80,15 @@ class BatchJob:
         Raises:
           InflashError: if that is not possible.
         """
-        document = {field.name: getattr(self, field.name) for field in fields(self)}
-        counts = {name: document.pop(name) for name in ("total", "completed", "failed")}
-        document |= {"object": "batch", "endpoint": URL, "request_counts": counts}
-        replace_file(job_path(output), [json.dumps(document, indent=2).encode(), b"\n"])
+        replace_file(job_path(output), [json.dumps(self.to_json(), indent=2).encode(), b"\n"])
+
+    def to_json(self) -> dict[str, Any]:
+        """The Batch object, and `input_sha256` and `settings`."""
+        document: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        counts = {name: document.pop(name) for name in _COUNTS}
+        errors = [{"code": code, "line": line, "message": message, "param": None} for line, code, message in self.errors]
+        document["errors"] = {"object": "list", "data": errors} if errors else None
+        return document | {"object": "batch", "completion_window": WINDOW, "request_counts": counts}
 
 
 def job_path(output: str | Path) -> Path:
@@ -72,33 +97,30 @@ def job_path(output: str | Path) -> Path:
     return output.with_name(output.name + ".job.json")
 
 
-def open_job(
-    output: str | Path, *, input_sha256: str, settings: dict[str, Any], total: int, finished: Mapping[str, bool]
-) -> BatchJob:
-    """A new job, or the one that left results in `output`. Writes nothing.
+def new_job(input_file: Path, output: Path, error_file: Path | None) -> BatchJob:
+    """A job of which nothing is known yet but its files."""
+    return BatchJob(
+        id=f"batch_{uuid.uuid4().hex}",
+        input_file_id=str(input_file),
+        output_file_id=str(output),
+        error_file_id=None if error_file is None else str(error_file),
+        settings={},
+        created_at=int(time.time()),
+    )
+
+
+def resumed_job(new: BatchJob, output: Path) -> BatchJob:
+    """The job that left results in `output`, if it is the same one as `new`. Writes nothing.
 
     Args:
+      new: a job whose input and settings are known.
       output: the result file.
-      input_sha256: of the input file.
-      settings: what else decides the results, in JSON's types.
-      total: requests of the input.
-      finished: what `finished_ids` finds in the output (and in the error file, if there is one); empty for a new job.
 
     Raises:
       InflashError: if the results there were made from another input or with other settings, or nobody knows from what.
     """
-    settings = json.loads(json.dumps(settings))
-    new = BatchJob(
-        id=f"batch_{uuid.uuid4().hex}",
-        input_sha256=input_sha256,
-        settings=settings,
-        total=total,
-        created_at=int(time.time()),
-    )
-    if not finished:
-        return new
-    old = _read_job(output)
-    differing = [] if old.input_sha256 == input_sha256 else ["the input file's content"]
+    old, settings = _read_job(output), json.loads(json.dumps(new.settings))
+    differing = [] if old.input_sha256 == new.input_sha256 else ["the input file's content"]
     for name in sorted({*old.settings, *settings}):
         before, after = old.settings.get(name), settings.get(name)
         if before != after:
@@ -108,17 +130,15 @@ def open_job(
             f"result file {output} was made with something else: {', '.join(differing)}; "
             "run as before, choose another output, or --no-resume to overwrite it"
         )
-    completed = sum(finished.values())
-    return replace(old, completed=completed, failed=len(finished) - completed, completed_at=None)
+    return replace(new, id=old.id, created_at=old.created_at, in_progress_at=old.in_progress_at)
 
 
-def _read_job(output: str | Path) -> BatchJob:
+def _read_job(output: Path) -> BatchJob:
     path = job_path(output)
     try:
         document = json.loads(path.read_bytes())
-        counts = document.pop("request_counts")
-        known = {field.name for field in fields(BatchJob)} & set(document)
-        return BatchJob(**{name: document[name] for name in known}, total=counts["total"])
+        kept = ("id", "input_file_id", "output_file_id", "input_sha256", "settings", "created_at", "in_progress_at")
+        return BatchJob(**{name: document[name] for name in kept})
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InflashError(
             f"result file {output} holds results, but {path}, which says what they were made from, cannot be read ({error}); "

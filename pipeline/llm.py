@@ -1,6 +1,6 @@
 """The public face: a model from a store, prompts in, texts out."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -9,19 +9,19 @@ import numpy as np
 from ..errors import InflashError, RunError
 from ..storage.store import open_store
 from .engine import Engine
-from .model_files import generation_config, load_tokenizer
+from .model_files import generation_config
 from .options import EngineOptions
 from .outputs import RequestOutput
 from .planned_engine import PlannedEngine
 from .planner import PlannedRun
+from .prompts import Prompt, PromptEncoder
 from .requests import Request, check_prompt
+from .run_size import RunSize
 from .sampler import Sampler
 from .sampling_params import SamplingParams
-from .scheduler import Scheduler, longest_of, sequences_of
+from .scheduler import Scheduler
+from .step_times import StepTimes
 from .text import TokenBytes
-
-Prompt = str | Mapping[str, Any] | Sequence[int]
-"""A text, {"prompt": text}, {"prompt_token_ids": [...]}, or the token ids themselves."""
 
 _LONGEST_BY_DEFAULT = 2048
 
@@ -86,7 +86,8 @@ class LLM:
         self.config = store.config
         self.max_model_len = self._longest(self.options.max_model_len)
         self.generation_config = generation_config(store)
-        self.tokenizer = load_tokenizer(store)
+        self._prompts = PromptEncoder(store)
+        self.tokenizer = self._prompts.tokenizer
         self._token_bytes = TokenBytes(self.tokenizer) if self.tokenizer else None
         self._planned = None if memory is None else PlannedEngine(store, self.options)
         self._engine = Engine(store, self.options) if memory is None else None
@@ -109,9 +110,14 @@ class LLM:
         """Sentences on what a plan had to assume."""
         return self._planned.notes if self._planned else []
 
+    @property
+    def times(self) -> StepTimes:
+        """What the run has cost so far."""
+        return self._planned.times if self._planned else self.engine.times
+
     def run_summary(self) -> dict[str, Any]:
         """What the run has cost, as `StepTimes.summary` has it, and `predicted`: what the plan expected, under the same names."""
-        return {**self.engine.times.summary(), "predicted": self._planned.predicted() if self._planned else None}
+        return {**self.times.summary(), "predicted": self._planned.predicted() if self._planned else None}
 
     def generate(
         self,
@@ -143,27 +149,37 @@ class LLM:
         Raises:
           InflashError: see `generate`.
         """
-        text, token_ids = self._encode(prompt)
+        text, token_ids = self._prompts.encode(prompt)
         check_prompt(token_ids, self.config.vocab_size, self.max_model_len)
         if bad := [token for token in params.stop_token_ids or () if token >= self.config.vocab_size]:
             raise InflashError(f"stop_token_ids: should be from 0 to {self.config.vocab_size - 1}, found {bad[0]}")
+        if params.stop_strings and self.tokenizer is None:
+            raise InflashError("stop: strings need a tokenizer, which this model has not; give stop_token_ids")
         return Request(request_id=request_id, prompt=text, prompt_token_ids=token_ids, sampling_params=params, number=number)
 
     def stream(
-        self, requests: Sequence[Request], on_tokens: Callable[[int], None] = lambda count: None
+        self,
+        requests: Iterable[Request],
+        on_tokens: Callable[[int], None] = lambda count: None,
+        *,
+        size: RunSize | None = None,
+        ready: Callable[[], bool] = lambda: True,
     ) -> Iterator[RequestOutput]:
-        """Yields each request's output as soon as it is finished; `on_tokens` is told how many tokens each step made."""
+        """Yields each request's output as soon as it is finished; the arguments are those of `Scheduler.run`."""
         sampler = Sampler(self.config.vocab_size, self.options.seed, self._token_bytes)
-        engine = self.engine if self._planned is None or not requests else self._engine_for(requests)
+        if size is None:
+            requests = list(requests)
+        engine = self._engine_for(size or RunSize.of(requests))
         scheduler = Scheduler(
             engine, sampler, end_ids=self._end_ids(), token_bytes=self._token_bytes, max_length=self.max_model_len
         )
-        return scheduler.run(requests, on_tokens)
+        return scheduler.run(requests, on_tokens, size=size, ready=ready)
 
-    def _engine_for(self, requests: Sequence[Request]) -> Engine:
-        assert self._planned is not None
-        num_seqs = min(self.options.max_num_seqs, 1 << (sequences_of(requests) - 1).bit_length())
-        return self._planned.open_for(num_seqs, min(longest_of(requests), self.max_model_len))
+    def _engine_for(self, size: RunSize) -> Engine:
+        if self._planned is None or not size.num_sequences:
+            return self.engine
+        num_seqs = min(self.options.max_num_seqs, 1 << (size.num_sequences - 1).bit_length())
+        return self._planned.open_for(num_seqs, min(size.longest, self.max_model_len))
 
     def logits(self, token_ids: Sequence[int] | np.ndarray) -> np.ndarray:
         """The scores of the next token after each of the given ones, for evaluation: [T] ids to [T, V] float32.
@@ -181,7 +197,8 @@ class LLM:
         return self.engine.all_logits(ids.astype(np.int32))
 
     def close(self) -> None:
-        """Stops the loaders. Idempotent."""
+        """Stops the loaders and the process that renders chat templates. Idempotent."""
+        self._prompts.close()
         if self._planned is not None:
             self._planned.close()
         elif self._engine is not None:
@@ -207,24 +224,6 @@ class LLM:
         if len(given) != count:
             raise InflashError(f"sampling_params: expected one, or {count} like the prompts, found {len(given)}")
         return list(given)
-
-    def _encode(self, prompt: Prompt) -> tuple[str | None, list[int]]:
-        if isinstance(prompt, Mapping):
-            known = {"prompt", "prompt_token_ids"}
-            if len(prompt) != 1 or not set(prompt) <= known:
-                raise InflashError(f"prompt: expected either 'prompt' or 'prompt_token_ids', found the keys {sorted(prompt)}")
-            (prompt,) = prompt.values()
-        if isinstance(prompt, str):
-            if not prompt:
-                raise InflashError("prompt: expected some text, found an empty string")
-            if self.tokenizer is None:
-                raise InflashError(
-                    "prompt: this store has no tokenizer; give token ids, or convert again with its tokenizer files"
-                )
-            return prompt, self.tokenizer.encode(prompt).ids
-        if not isinstance(prompt, Sequence) or not all(isinstance(i, int) and not isinstance(i, bool) for i in prompt):
-            raise InflashError("prompt: expected a text or a list of token ids")
-        return None, list(prompt)
 
     def _end_ids(self) -> frozenset[int]:
         found = self.generation_config.get("eos_token_id")

@@ -14,6 +14,7 @@ from .host_memory import available_bytes
 from .options import EngineOptions
 from .planner import PlannedRun, Planner
 from .predictors import choose_predictor
+from .step_times import StepTimes
 
 RESERVE_BYTES = 256 << 20
 """What `memory="auto"` leaves to others, or a twentieth of what is free where that is more."""
@@ -60,6 +61,7 @@ class PlannedEngine:
       notes: sentences on what was assumed.
       planned: the plan that the engine runs, as it was made; None before there is one.
       engine: the engine; None before there is one.
+      times: what all engines so far have cost.
     """
 
     def __init__(self, store: Store, options: EngineOptions) -> None:
@@ -70,6 +72,7 @@ class PlannedEngine:
         self.planner.check(self._memory_bytes, 1, 1)
         self.planned: PlannedRun | None = None
         self.engine: Engine | None = None
+        self.times = StepTimes()
         self._seen: dict[int, int] = {}
         self._seen_steps = 0
 
@@ -87,10 +90,9 @@ class PlannedEngine:
             num_seqs, max_length = max(num_seqs, self.planned.num_seqs), max(max_length, self.planned.max_length)
             num_seqs = self.planner.fitting_seqs(self._memory_bytes, num_seqs, max_length)
             self.engine.close()
-        times = None if self.engine is None else self.engine.times
         self.engine = None
         self.planned = self.planner.plan(self._memory_bytes, num_seqs, max_length)
-        self.engine = Engine(self._store, self._options, plan=self.planned.plan, times=times)
+        self.engine = Engine(self._store, self._options, plan=self.planned.plan, times=self.times)
         self._seen, self._seen_steps = {}, self.engine.times.steps
         return self.engine
 

@@ -9,19 +9,10 @@ import numpy as np
 from .engine import Engine
 from .outputs import RequestOutput
 from .requests import Continuation, Request, RequestProgress
+from .run_size import RunSize
 from .sampler import Sampler
 from .text import TokenBytes
 from .trace import SAMPLING, recorder
-
-
-def sequences_of(requests: Sequence[Request]) -> int:
-    """Continuations that the requests ask for."""
-    return sum(request.sampling_params.n for request in requests)
-
-
-def longest_of(requests: Sequence[Request]) -> int:
-    """Tokens of the longest of them, prompt and output."""
-    return max(len(request.prompt_token_ids) + request.sampling_params.max_tokens for request in requests)
 
 
 class Scheduler:
@@ -34,20 +25,38 @@ class Scheduler:
         self._end_ids, self._token_bytes, self._max_length = end_ids, token_bytes, max_length
         self._trace = recorder()
 
-    def run(self, requests: Sequence[Request], on_tokens: Callable[[int], None] = lambda count: None) -> Iterator[RequestOutput]:
+    def run(
+        self,
+        requests: Iterable[Request],
+        on_tokens: Callable[[int], None] = lambda count: None,
+        *,
+        size: RunSize | None = None,
+        ready: Callable[[], bool] = lambda: True,
+    ) -> Iterator[RequestOutput]:
         """Yields each request's output when all its continuations are finished.
 
         Args:
-          requests: prompts that `check_prompt` has passed.
+          requests: prompts that `check_prompt` has passed; taken one by one, as slots become free.
           on_tokens: told of the tokens of every step.
+          size: what the engine is to be made ready for; None: found by taking all requests at once.
+          ready: whether another request may be begun now. When nothing is running the next one is taken without asking, and `requests`
+            may wait.
         """
-        if not requests:
+        progress: dict[int, RequestProgress] = {}
+        if size is None:
+            requests = list(requests)
+            size = RunSize.of(requests)
+            progress = {request.number: self._begin(request) for request in requests}
+        if not size.num_sequences:
             return
-        self._prepare(requests)
-        progress = {request.number: self._begin(request) for request in requests}
-        waiting = deque(c for request in requests for c in progress[request.number].continuations)
+        self._prepare(size)
+        source = iter(requests)
+        waiting: deque[Continuation] = deque()
         slots: list[Continuation | None] = [None] * self._engine.num_seqs
-        while waiting or any(slots):
+        while True:
+            self._take(source, waiting, slots, progress, ready)
+            if not waiting and not any(slots):
+                return
             running = [(row, c) for row, c in enumerate(slots) if c is not None]
             admitted = self._admit(slots, waiting, self._engine.plan.prompt_tokens)
             if admitted:
@@ -63,13 +72,30 @@ class Scheduler:
                 self._extend(self._decode(running), running, on_tokens)
             yield from self._finished(slots, progress)
 
-    def _prepare(self, requests: Sequence[Request]) -> None:
+    def _prepare(self, size: RunSize) -> None:
         """Sizes the engine for these requests, in powers of two so that the next call finds it compiled."""
-        sequences = sequences_of(requests)
         most = self._engine.plan.num_seqs or self._engine.options.max_num_seqs
-        num_seqs = min(most, 1 << (sequences - 1).bit_length())
-        self._engine.prepare(num_seqs, min(longest_of(requests), self._max_length))
-        self._sampler.warm_up(num_seqs, [request.sampling_params for request in requests])
+        num_seqs = min(most, 1 << (size.num_sequences - 1).bit_length())
+        self._engine.prepare(num_seqs, min(size.longest, self._max_length))
+        self._sampler.warm_up(num_seqs, list(size.kinds.values()))
+
+    def _take(
+        self,
+        source: Iterator[Request],
+        waiting: deque[Continuation],
+        slots: list[Continuation | None],
+        progress: dict[int, RequestProgress],
+        ready: Callable[[], bool],
+    ) -> None:
+        """Takes as many requests as there are free slots for."""
+        free = slots.count(None)
+        while len(waiting) < free and (ready() or (not waiting and free == len(slots))):
+            request = next(source, None)
+            if request is None:
+                return
+            if request.number not in progress:
+                progress[request.number] = self._begin(request)
+            waiting.extend(progress[request.number].continuations)
 
     def _begin(self, request: Request) -> RequestProgress:
         return RequestProgress(request, max_length=self._max_length, end_ids=self._end_ids, token_bytes=self._token_bytes)

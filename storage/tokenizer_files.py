@@ -12,6 +12,7 @@ from .json_files import read_json_object
 
 TOKENIZER_FILE = "tokenizer.json"
 _CONFIG_FILES = ("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json")
+CHAT_TEMPLATE_FILE = "chat_template.jinja"
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
@@ -33,6 +34,8 @@ def copy_tokenizer(source: Path, destination: Path) -> bool:
     destination.mkdir(parents=True, exist_ok=True)
     for name in configs:
         shutil.copyfile(source / name, destination / name)
+    if (source / CHAT_TEMPLATE_FILE).exists():
+        shutil.copyfile(source / CHAT_TEMPLATE_FILE, destination / CHAT_TEMPLATE_FILE)
     if tokenizer is None:
         return False
     if (source / TOKENIZER_FILE).exists():

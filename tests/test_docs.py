@@ -111,7 +111,8 @@ def test_the_format_page_names_every_tensor(tmp_path: Path, variant: str) -> Non
 def test_the_readme_s_batch_file_is_sound(tmp_path: Path) -> None:
     (example,) = blocks(ROOT / "README.md", "json")
     (tmp_path / "requests.jsonl").write_text(example)
-    assert [request.custom_id for request in read_batch(tmp_path / "requests.jsonl").requests] == ["sea", "hill"]
+    with read_batch(tmp_path / "requests.jsonl") as batch:
+        assert [request.custom_id for request in batch] == ["sea", "hill"]
 
 
 def test_the_readme_s_python_imports_what_there_is() -> None:

@@ -290,22 +290,6 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
     add_engine_flags(parser)
 
 
-def add_run_batch(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("-i", "--input-file", type=Path, required=True, metavar="IN", help="requests, one JSON object a line")
-    parser.add_argument("-o", "--output-file", type=Path, required=True, metavar="OUT", help="responses, one JSON object a line")
-    parser.add_argument("--model", type=Path, required=True, metavar="MODEL", help="a store, as `inflash convert` writes it")
-    parser.add_argument("--error-file", type=Path, metavar="ERR", help="where refused and failed requests go (default: into OUT)")
-    parser.add_argument(
-        "--resume",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="keep what OUT already has and run the rest; --no-resume starts anew (default: --resume)",
-    )
-    parser.add_argument("--retry-failed", action="store_true", help="when resuming, run the requests again that had failed")
-    add_json(parser)
-    add_engine_flags(parser, aliases={"max_num_seqs": ("--max-inflight", "--max_inflight")})
-
-
 def add_bench_io(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "target",

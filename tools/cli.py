@@ -1,7 +1,7 @@
 """The command `inflash`: a table of sub-commands, each imported only when it is run.
 
-A command is a module of this folder with `run(arguments) -> int`, the exit code: 0 done, 1 something failed while running. Bad input
-raises `InflashError` and ends with 2, like a flag that argparse refuses.
+A command is a module of this folder with `run(arguments) -> int`, the exit code: 0 done, 1 something failed while running, 3 stopped as
+asked. Bad input raises `InflashError` and ends with 2, like a flag that argparse refuses.
 """
 
 import argparse
@@ -16,6 +16,7 @@ from importlib import import_module
 from .. import __version__
 from ..errors import InflashError, RunError
 from . import arguments as flags
+from . import batch_arguments as batch_flags
 from . import bench_arguments as bench_flags
 from . import plan_arguments as plan_flags
 from . import predictor_arguments as predictor_flags
@@ -86,16 +87,22 @@ memory whatever the model's size, and as much free space as the checkpoint takes
     "run-batch": Command(
         module="run_batch",
         summary="run a file of requests, many at a time",
-        add_arguments=flags.add_run_batch,
+        add_arguments=batch_flags.add_run_batch,
         details="""\
-IN has one request a line, as in OpenAI's batch files:
+IN has one request a line, as in OpenAI's batch files, all of them completions or all of them chats:
 
   {"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": {"prompt": "Once upon", "max_tokens": 64}}
+  {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": {"messages": [{"role": "user", "content": "Hi"}]}}
 
-All of it is checked before the first token is made. Each response is written as soon as it is there, in any order: join on
-custom_id. A run that was interrupted goes on where it was when the same command is given again.
+All of it is checked before the first token is made, and every bad line is named. Each response is written as soon as it is there, in any
+order: join on custom_id. It is on the disk within a second. A run that was stopped, killed or failed goes on where it was when the same
+command is given again. OUT.job.json tells its state. When the disk is full the run waits for room.
+
+SIGTERM or Ctrl-C: what is being answered is finished, nothing new is begun, and the exit code is 3. A second one stops at once, with
+130. Either way the rest can be run later.
 
   inflash run-batch -i requests.jsonl -o responses.jsonl --model ./opt-6.7b.inflash --cache-neurons 0.15
+  zcat requests.jsonl.gz | inflash run-batch -i - -o - --model ./opt-6.7b.inflash | gzip > responses.jsonl.gz
 """,
     ),
     "profile": Command(
@@ -322,7 +329,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="inflash",
         description="Runs language models that do not fit in memory: attention in DRAM, feed-forward neurons on flash.",
-        epilog="`inflash COMMAND --help` says more. Exit codes: 0 done, 1 something failed while running, 2 bad input.",
+        epilog="`inflash COMMAND --help` says more. Exit codes: 0 done, 1 something failed while running, 2 bad input, 3 stopped as asked.",
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")

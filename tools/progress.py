@@ -26,5 +26,5 @@ def progress_bar(**options: Any) -> tqdm:
     return tqdm(**{"file": _Lines(), "mininterval": _LOG_INTERVAL_S, "ascii": True, "ncols": 100, **options})
 
 
-def bytes_bar(total: int, description: str) -> tqdm:
+def bytes_bar(total: int | None, description: str) -> tqdm:
     return progress_bar(total=total, delay=0.2, unit="B", unit_scale=True, unit_divisor=1024, desc=description)

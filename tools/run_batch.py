@@ -2,132 +2,275 @@
 
 import argparse
 import json
+import os
 import signal
+import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..errors import InflashError
-from ..pipeline.batch_file import BatchFile, read_batch
-from ..pipeline.batch_job import BatchJob, open_job
-from ..pipeline.batch_results import ResultWriter, drop_unsuccessful, failed_line, finished_ids, refused_line, success_line
+import numpy as np
+from tqdm import tqdm
+
+from ..errors import InflashError, RunError
+from ..pipeline.batch_file import STANDARD_INPUT, BatchFile, BatchFileError, read_batch
+from ..pipeline.batch_job import BatchJob, new_job, resumed_job
+from ..pipeline.batch_outputs import OPEN, SUCCEEDED, UNSUCCESSFUL, BatchOutputs
 from ..pipeline.model_files import generation_config
-from ..storage.store import open_store
+from ..pipeline.result_file import STANDARD_OUTPUT
+from ..pipeline.result_writer import ResultWriter
+from ..pipeline.step_times import StepTimes
+from ..storage.store import Store, open_store
 from . import arguments as flags
-from .progress import progress_bar
+from .progress import bytes_bar, progress_bar
 from .table import cost_table
 
+if TYPE_CHECKING:
+    from ..pipeline.batch_run import BatchRun
+    from ..pipeline.run_size import RunSize
+
+DONE, STOPPED = 0, 3
 FREE_OPTIONS = frozenset(
     {"prefetch", "overlap", "merge_gap", "loaders", "queue_depth", "verify", "max_num_seqs", "max_model_len"}
 )
 """What may change when a run is resumed: it decides how much memory and time a run takes, not what it is asked for."""
 
 
+class _State:
+    """The job as it stands, and its file, if it has one."""
+
+    def __init__(self, job: BatchJob, path: Path | None) -> None:
+        self.job, self._path = job, path
+
+    def now(self, status: str, **changes: Any) -> None:
+        self.job = self.job.now(status, **changes)
+        self.write()
+
+    def write(self) -> None:
+        if self._path is not None:
+            self.job.write(self._path)
+
+    def note(self, status: str, **changes: Any) -> None:
+        """Says it where that is possible: a disk that takes nothing must not cost finished results."""
+        try:
+            self.now(status, **changes)
+        except InflashError as error:
+            _tell(str(error))
+
+
 def run(arguments: argparse.Namespace) -> int:
-    options = flags.engine_options(arguments)
-    output, error_file = arguments.output_file, arguments.error_file
     _check_files(arguments)
-    batch = read_batch(arguments.input_file, generation_config=generation_config(open_store(arguments.model)))
-    finished: dict[str, bool] = {}
-    if arguments.resume:
-        finished = finished_ids(output) | (finished_ids(error_file) if error_file else {})
+    flags.engine_options(arguments)
+    store, stop = open_store(arguments.model), _Stop()
+    with stop.hearing(), BatchOutputs(arguments.output_file, arguments.error_file) as outputs:
+        if not outputs.resumable:
+            _tell("results go to standard output or a pipe: this run cannot be resumed")
+        job = new_job(arguments.input_file, arguments.output_file, arguments.error_file)
+        state = _State(job, arguments.output_file if outputs.resumable else None)
+        if outputs.fresh:
+            state.write()
+        try:
+            with _read(arguments, store) as batch:
+                return _run_checked(arguments, store, batch, outputs, state, stop)
+        except InflashError as error:
+            if outputs.fresh and state.job.status == "validating":
+                problems = error.problems if isinstance(error, BatchFileError) else [(None, str(error))]
+                state.note("failed", errors=[(line, "invalid_request", message) for line, message in problems])
+            raise
+
+
+def _read(arguments: argparse.Namespace, store: Store) -> BatchFile:
+    path: Path = arguments.input_file
+    size = path.stat().st_size if path != STANDARD_INPUT and path.is_file() else None
+    with bytes_bar(size, "checking") as bar:
+        return read_batch(path, generation_config=generation_config(store), on_bytes=bar.update)
+
+
+def _run_checked(
+    arguments: argparse.Namespace, store: Store, batch: BatchFile, outputs: BatchOutputs, state: _State, stop: "_Stop"
+) -> int:
+    """Finds out what is left to do, and does it."""
+    settings = _settings(arguments, store)
+    state.job = replace(state.job, endpoint=batch.url, input_sha256=batch.sha256, settings=settings, total=len(batch))
+    finished = _finished(arguments, outputs, batch, state)
+    counts = {"completed": int(np.sum(finished == SUCCEEDED)), "failed": int(np.sum(finished == UNSUCCESSFUL))}
+    state.job = replace(state.job, **counts)
+    outputs.begin(resume=arguments.resume and outputs.resumable)
+    if np.all(finished != OPEN):  # there is nothing to load a model for
+        state.now("completed")
+        _report(arguments, state.job, StepTimes().summary())
+        return DONE
+    return _run_job(arguments, batch, outputs, finished, state, stop)
+
+
+def _settings(arguments: argparse.Namespace, store: Store) -> dict[str, Any]:
+    """What decides the texts beside the requests."""
+    from ..pipeline.predictors import choose_predictor
+
+    options = flags.engine_options(arguments)
     kept = {name: value for name, value in asdict(options).items() if name not in FREE_OPTIONS}
-    settings = {"model": str(arguments.model.resolve()), **kept}
-    job = open_job(output, input_sha256=batch.sha256, settings=settings, total=len(batch.requests), finished=finished)
-    if arguments.resume and arguments.retry_failed:
-        for path in filter(None, (output, error_file)):
-            drop_unsuccessful(path)
-        finished = {custom_id: True for custom_id, succeeded in finished.items() if succeeded}
-    with _terminating_like_interrupt():
-        return _run_job(arguments, batch, job, finished)
+    if options.ffn == "sparse":
+        kept["predictor"] = choose_predictor(store, options.predictor)  # "auto" may mean another one tomorrow
+    return {"model": str(arguments.model.resolve()), **kept}
 
 
-def _run_job(arguments: argparse.Namespace, batch: BatchFile, job: BatchJob, finished: dict[str, bool]) -> int:
+def _finished(arguments: argparse.Namespace, outputs: BatchOutputs, batch: BatchFile, state: _State) -> np.ndarray:
+    """What earlier runs have answered, as `BatchOutputs.finished` says it."""
+    if outputs.fresh or not arguments.resume or not outputs.resumable:
+        return np.full(len(batch), OPEN, np.int8)
+    state.job = resumed_job(state.job, arguments.output_file)
+    finished = outputs.finished(batch)
+    if arguments.retry_failed:
+        outputs.drop_unsuccessful()
+        finished[finished == UNSUCCESSFUL] = OPEN
+    return finished
+
+
+def _run_job(
+    arguments: argparse.Namespace, batch: BatchFile, outputs: BatchOutputs, finished: np.ndarray, state: _State, stop: "_Stop"
+) -> int:
+    from ..pipeline.batch_run import BatchRun
     from ..pipeline.llm import LLM
 
-    counts = {"completed": sum(finished.values()), "failed": len(finished) - sum(finished.values())}
-    summary: dict[str, Any] = {}
-    with ExitStack() as stack:
-        llm = stack.enter_context(LLM(arguments.model, **asdict(flags.engine_options(arguments))))
-        writer = stack.enter_context(ResultWriter(arguments.output_file, resume=arguments.resume))
-        error_writer = writer
-        if arguments.error_file:
-            error_writer = stack.enter_context(ResultWriter(arguments.error_file, resume=arguments.resume))
-        job = job.now("in_progress", **counts)
-        job.write(arguments.output_file)
-        try:
-            for line, succeeded in _answers(llm, batch, finished, arguments):
-                (writer if succeeded else error_writer).write(line)
-                counts["completed" if succeeded else "failed"] += 1
-        except KeyboardInterrupt:
-            job.now("cancelled", **counts).write(arguments.output_file)
-            raise
-        except BaseException:
-            job.now("failed", **counts).write(arguments.output_file)
-            raise
-        summary = llm.run_summary()
-    job.now("completed", **counts).write(arguments.output_file)
-    counts = {"total": len(batch.requests), **counts}
-    if arguments.json:
-        print(json.dumps({"output_file": str(arguments.output_file), "request_counts": counts, "run": summary}))
-    else:
-        print(f"{counts['completed']} completed, {counts['failed']} failed of {counts['total']}: {arguments.output_file}")
-        print(cost_table(summary))
-    return 0
+    running: BatchRun | None = None
+
+    def counts() -> dict[str, int]:
+        return {} if running is None else {"completed": running.completed, "failed": running.refused + running.failed}
+
+    try:
+        with LLM(arguments.model, **asdict(flags.engine_options(arguments))) as llm:
+            limit = {"pause_limit_s": arguments.pause_limit, "tell": _tell}
+            with ResultWriter(*outputs.take(), **limit) as writer:
+                running = BatchRun(llm, batch, finished != OPEN, writer, model=str(arguments.model))
+                running.completed, running.failed = state.job.completed, state.job.failed
+                with progress_bar(total=int(np.sum(finished == OPEN)), unit="request", desc="measuring", delay=2) as bar:
+                    size = running.measure(bar.update)
+                state.now("in_progress", **counts())
+                _answer(arguments, running, size, state, stop)
+                if running.draining and not writer.ready:
+                    writer.close(hurry=True)
+                state.note("finalizing", **counts())
+            summary = llm.run_summary()
+    except KeyboardInterrupt:
+        state.note("cancelled", **counts())
+        raise
+    except BaseException as error:
+        state.note("failed", errors=[(None, "run_failed", str(error) or type(error).__name__)], **counts())
+        raise
+    stopped = running.waiting > 0
+    state.note("cancelled" if stopped else "completed", **counts())
+    _report(arguments, state.job, summary)
+    return STOPPED if stopped else DONE
 
 
-def _answers(
-    llm: Any, batch: BatchFile, finished: dict[str, bool], arguments: argparse.Namespace
-) -> Iterator[tuple[dict[str, Any], bool]]:
-    """The result line of every request that has none yet, and whether it succeeded, as they come."""
-    model = str(arguments.model)
-    requests = []
-    for number, entry in enumerate(batch.requests):
-        if entry.custom_id in finished:
-            continue
-        try:
-            requests.append(llm.make_request(entry.custom_id, entry.prompt, entry.sampling_params, number))
-        except InflashError as error:
-            yield refused_line(entry.custom_id, str(error), param="prompt"), False
-    with progress_bar(total=len(batch.requests), initial=len(batch.requests) - len(requests), unit="request") as bar:
+def _answer(arguments: argparse.Namespace, run: "BatchRun", size: "RunSize", state: _State, stop: "_Stop") -> None:
+    """Runs what is open, with progress, reports and an ear for signals."""
+    from ..pipeline.metrics import write_metrics
+    from ..pipeline.reporter import Reporter
+
+    def keep_job() -> None:
+        counts = {"completed": run.completed, "failed": run.refused + run.failed}
+        if run.draining and state.job.status == "in_progress":
+            state.job = state.job.now("cancelling")
+        state.job = replace(state.job, **counts)
+        state.write()
+
+    actions = [keep_job]
+    if arguments.metrics is not None:
+        actions.append(partial(write_metrics, arguments.metrics, run, run.times, time.monotonic()))
+        actions[-1]()  # a file that cannot be written is found before the work begins
+    answered = run.completed + run.refused + run.failed
+    with (
+        Reporter(actions, _tell),
+        progress_bar(total=answered + run.waiting, initial=answered, unit="request") as bar,
+        stop.draining(run),
+    ):
         tokens, began = 0, time.monotonic()
 
-        def count(num_tokens: int) -> None:
+        def on_tokens(num_tokens: int) -> None:
             nonlocal tokens, began
             began = began if tokens else time.monotonic()  # what came before the first token was compiling
             tokens += num_tokens
-            bar.set_postfix_str(f"{tokens / max(time.monotonic() - began, 1e-3):.1f} tokens/s", refresh=False)
+            times = run.times
+            hits = f", {times.hits / (times.hits + times.misses):.0%} hits" if times.hits else ""
+            bar.set_postfix_str(f"{tokens / max(time.monotonic() - began, 1e-3):.1f} tokens/s{hits}", refresh=False)
             bar.update(0)
 
-        for output in llm.stream(requests, count):
-            failure = next((completion.failure for completion in output.outputs if completion.failure), None)
-            if failure is None:
-                yield success_line(output.request_id, output, model, int(time.time())), True
-            else:
-                yield failed_line(output.request_id, "model_error", failure), False
-            bar.update()
+        try:
+            run.run(size, on_tokens, bar.update)
+        except RunError:
+            raise
+        except InflashError as error:  # the file and the flags were sound: this came while running
+            raise RunError(f"{error}; finished results are kept, run again to go on") from error
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            where = f"{error.filename}: " if error.filename else ""
+            raise RunError(f"{where}{error.strerror or error}; finished results are kept, run again to go on") from error
+
+
+def _report(arguments: argparse.Namespace, job: BatchJob, summary: dict[str, Any]) -> None:
+    counts = {"total": job.total, "completed": job.completed, "failed": job.failed}
+    if arguments.json:
+        document = {"output_file": str(arguments.output_file), "status": job.status, "request_counts": counts, "run": summary}
+        print(json.dumps(document))
+        return
+    file = sys.stderr if arguments.output_file == STANDARD_OUTPUT else sys.stdout
+    stopped = "; stopped, run again to go on" if job.status == "cancelled" else ""
+    print(f"{job.completed} completed, {job.failed} failed of {job.total}: {arguments.output_file}{stopped}", file=file)
+    print(cost_table(summary), file=file)
 
 
 def _check_files(arguments: argparse.Namespace) -> None:
     paths: dict[str, Path | None] = {
-        "--input-file": arguments.input_file,
-        "--output-file": arguments.output_file,
+        "--input-file": arguments.input_file if arguments.input_file != STANDARD_INPUT else None,
+        "--output-file": arguments.output_file if arguments.output_file != STANDARD_OUTPUT else None,
         "--error-file": arguments.error_file,
+        "--metrics": arguments.metrics,
     }
     seen: dict[Path, str] = {}
     for name, path in paths.items():
         if path is not None and (other := seen.setdefault(path.resolve(), name)) != name:
             raise InflashError(f"{path}: {other} and {name} name the same file; give each its own")
+    if arguments.json and arguments.output_file == STANDARD_OUTPUT:
+        raise InflashError("--json prints to standard output, where -o - writes the results; leave one of them out")
 
 
-@contextmanager
-def _terminating_like_interrupt() -> Iterator[None]:
-    """SIGTERM ends a run as Ctrl-C does: what is finished is in the file, the job says cancelled."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+def _tell(message: str) -> None:
+    """A line on standard error, above the progress bar."""
+    tqdm.write(f"inflash: {message}", file=sys.stderr)
+
+
+class _Stop:
+    """Hears SIGTERM and Ctrl-C: what is in flight may finish; the second of them, or one when nothing runs, ends at once."""
+
+    def __init__(self) -> None:
+        self.run: BatchRun | None = None
+
+    def __call__(self, *_: object) -> None:
+        if self.run is None or self.run.draining:
+            raise KeyboardInterrupt
+        self.run.draining = True
+        message = f"\ninflash: stopping: {self.run.in_flight} requests are being finished, once more to stop at once\n"
+        os.write(2, message.encode())  # print might be in the middle of another line
+
+    @contextmanager
+    def hearing(self) -> Iterator[None]:
+        before = {number: signal.signal(number, self) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    @contextmanager
+    def draining(self, run: "BatchRun") -> Iterator[None]:
+        self.run = run
+        try:
+            yield
+        finally:
+            self.run = None

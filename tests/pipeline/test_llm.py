@@ -21,6 +21,8 @@ import inflash
 from inflash import LLM, InflashError, RequestOutput, SamplingParams
 from inflash.errors import RunError
 from inflash.pipeline.options import EngineOptions
+from inflash.pipeline.requests import Request
+from inflash.pipeline.run_size import RunSize
 from inflash.storage.store import Store
 
 pytestmark = pytest.mark.filterwarnings(BUFFERED)
@@ -127,6 +129,28 @@ def test_several_continuations(llm: LLM) -> None:
     assert len(once.outputs) == 1
     single = SamplingParams(n=1, temperature=HOT, max_tokens=8, ignore_eos=True, seed=99)
     assert token_ids(llm.generate("sea", single)) == [several.outputs[0].token_ids]
+    mates = SamplingParams(n=5, temperature=1.5, max_tokens=5, top_p=0.8, logprobs=2)
+    among = llm.generate(["sky", "sea", "sun"], [mates, params, mates])[1]
+    assert [output.token_ids for output in among.outputs] == [output.token_ids for output in several.outputs]
+
+
+def test_requests_are_taken_when_there_is_room_for_them(llm: LLM) -> None:
+    params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
+    taken: list[int] = []
+    size = RunSize()
+    for _ in range(30):
+        size.add(3, params)
+
+    def source() -> Iterator[Request]:
+        for number in range(30):
+            taken.append(number)
+            yield llm.make_request(f"{number}", "sea", params, number)
+
+    stream = llm.stream(source(), size=size, ready=lambda: len(taken) != 20)
+    first = next(stream)
+    assert len(taken) == llm.engine.num_seqs < 20
+    finished = [first.request_id, *(output.request_id for output in stream)]
+    assert sorted(map(int, finished)) == list(range(30))  # not ready stops it only while something is running
 
 
 def test_stop_strings_cut_the_text(llm: LLM) -> None:
@@ -236,8 +260,8 @@ def test_a_second_call_compiles_nothing(llm: LLM) -> None:
         ([VOCAB_SIZE], "prompt: token ids should be from 0 to 257, found 258"),
         ([3, -1], "prompt: token ids should be from 0 to 257, found -1"),
         ([5] * 64, r"prompt: at most 63 tokens fit \(the limit is 64, one is for the answer\), found 64"),
-        ({"text": "sea"}, r"prompt: expected either 'prompt' or 'prompt_token_ids', found the keys \['text'\]"),
-        ({"prompt": "a", "prompt_token_ids": [3]}, "prompt: expected either"),
+        ({"text": "sea"}, r"prompt: expected one of 'prompt', 'prompt_token_ids', 'messages', found the keys \['text'\]"),
+        ({"prompt": "a", "prompt_token_ids": [3]}, "prompt: expected one of"),
         ({"prompt_token_ids": [1.5]}, "prompt: expected a text or a list of token ids"),
         ([[True, 3]], "prompt: expected a text or a list of token ids"),
     ],

@@ -89,6 +89,13 @@ def test_prefix_space(tmp_path: Path) -> None:
     assert copied(tmp_path, tmp_path / "out").encode("Hello").ids == [2, *plain.encode(" Hello").ids]
 
 
+def test_a_chat_template_comes_along(tmp_path: Path) -> None:
+    write_two_files(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text("{{ messages }}\n")
+    copied(tmp_path, tmp_path / "out")
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == "{{ messages }}\n"
+
+
 def test_a_model_without_a_tokenizer(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     assert copy_tokenizer(tmp_path, tmp_path / "out") is False

@@ -1,0 +1,211 @@
+"""One request of a batch file: what OpenAI's two endpoints for text may ask, checked field by field."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from ..errors import InflashError
+from .batch_json import check_encodable, check_known, shown, text_field
+from .sampling_params import MAX_LOGPROBS, MAX_TOKENS, SamplingParams
+
+COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+URLS = (COMPLETIONS, CHAT)
+ROLES = ("system", "developer", "user", "assistant")
+LINE_FIELDS = ("custom_id", "method", "url", "body")
+SAMPLING_FIELDS = tuple(field.name for field in fields(SamplingParams))
+INERT_FIELDS = ("model", "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key")
+"""What does not change a text, whatever it says; `model` and `user` should be strings."""
+
+_WHOLE = "results come whole, when the request is finished"
+_NO_TOOLS = "no tools are called"
+_TEXT_ONLY = "answers are text"
+_REFUSED: dict[str, tuple[str, tuple[Any, ...]]] = {  # why it is refused, and the values that ask for nothing
+    "stream": (_WHOLE, (None, False)),
+    "stream_options": (_WHOLE, (None,)),
+    "logit_bias": ("single tokens cannot be favoured", (None, {})),
+}
+_REFUSED_COMPLETIONS: dict[str, tuple[str, tuple[Any, ...]]] = {
+    **_REFUSED,
+    "echo": ("join the prompt and the text yourself", (None, False)),
+    "best_of": ("all n continuations are returned, none is picked", (None,)),  # or as many as n
+    "suffix": ("a text is only continued at its end", (None, "")),
+}
+_REFUSED_CHAT: dict[str, tuple[str, tuple[Any, ...]]] = {
+    **_REFUSED,
+    "tools": (_NO_TOOLS, (None, [])),
+    "tool_choice": (_NO_TOOLS, (None, "none", "auto")),
+    "parallel_tool_calls": (_NO_TOOLS, (None, True, False)),
+    "functions": (_NO_TOOLS, (None, [])),
+    "function_call": (_NO_TOOLS, (None, "none", "auto")),
+    "response_format": ("the form of an answer cannot be enforced", (None, {"type": "text"})),
+    "modalities": (_TEXT_ONLY, (None, ["text"])),
+    "audio": (_TEXT_ONLY, (None,)),
+    "prediction": ("nothing is predicted from a draft", (None,)),
+    "reasoning_effort": ("there is no separate reasoning", (None,)),
+    "verbosity": ("length is bounded by max_completion_tokens only", (None,)),
+    "web_search_options": ("nothing is looked up", (None,)),
+}
+_FIELDS = {
+    COMPLETIONS: ("prompt", *INERT_FIELDS, *SAMPLING_FIELDS, *_REFUSED_COMPLETIONS),
+    CHAT: ("messages", "max_completion_tokens", "top_logprobs", *INERT_FIELDS, *SAMPLING_FIELDS, *_REFUSED_CHAT),
+}
+
+Message = Mapping[str, str]
+"""`role`, `content` and perhaps `name`, all text."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchRequest:
+    """One line of a batch file.
+
+    Attributes:
+      custom_id: the user's name for it, unique in its file.
+      line: its line number, from 1.
+      url: one of URLS.
+      model: the name that the line gives; None where it gives none.
+      prompt: text, token ids (not yet checked against a vocabulary), or {"messages": [...]}.
+      sampling_params: how to continue it.
+    """
+
+    custom_id: str
+    line: int
+    url: str
+    model: str | None
+    prompt: str | tuple[int, ...] | Mapping[str, list[Message]]
+    sampling_params: SamplingParams
+
+
+def parse_request(
+    document: dict[str, Any], line: int, command_line: Mapping[str, Any], generation_config: Mapping[str, Any]
+) -> BatchRequest:
+    """Checks a line's object.
+
+    Args:
+      document: the line.
+      line: its number.
+      command_line: `SamplingParams` fields for requests that do not give them.
+      generation_config: the model's defaults for what neither gives.
+
+    Raises:
+      InflashError: for the first thing that is wrong with it.
+    """
+    check_known(document, LINE_FIELDS, "line")
+    custom_id = text_field(document, "custom_id")
+    if document.get("method") != "POST":
+        raise InflashError(f"method should be 'POST', found {shown(document.get('method'))}")
+    url = document.get("url")
+    if not isinstance(url, str) or url not in URLS:
+        raise InflashError(f"url should be '{COMPLETIONS}' or '{CHAT}', found {shown(url)}")
+    body = document.get("body")
+    if not isinstance(body, dict):
+        raise InflashError(f"body should be an object, found {shown(body)}")
+    chat = url == CHAT
+    check_known(body, _FIELDS[url], "body")
+    _check_refused(body, _REFUSED_CHAT if chat else _REFUSED_COMPLETIONS)
+    for name in ("model", "user"):
+        if body.get(name) is not None:
+            text_field(body, name, least=0)
+    given = {name: body[name] for name in SAMPLING_FIELDS if body.get(name) is not None}
+    if chat:
+        given = _chat_fields(
+            body, given, limited="max_tokens" in command_line or generation_config.get("max_new_tokens") is not None
+        )
+    params = SamplingParams.from_defaults(generation_config, **{**command_line, **given})
+    for string in params.stop_strings:
+        check_encodable(string, "stop")
+    return BatchRequest(
+        custom_id=custom_id,
+        line=line,
+        url=url,
+        model=body.get("model"),
+        prompt={"messages": _messages(body.get("messages"))} if chat else _prompt(body.get("prompt")),
+        sampling_params=params,
+    )
+
+
+def _check_refused(body: dict[str, Any], refused: Mapping[str, tuple[str, tuple[Any, ...]]]) -> None:
+    for name, (reason, neutral) in refused.items():
+        value = body.get(name)
+        if name == "best_of":
+            neutral = (None, body.get("n") or 1)
+        if not any(type(value) is type(allowed) and value == allowed for allowed in neutral):
+            raise InflashError(f"body asks for {name} = {shown(value)}, which is not supported: {reason}; leave {name} out")
+
+
+def _chat_fields(body: dict[str, Any], given: dict[str, Any], *, limited: bool) -> dict[str, Any]:
+    """Chat's own names for the limit of tokens and for log probabilities, as fields of `SamplingParams`.
+
+    Args:
+      body, given: the request's, and what of it `SamplingParams` knows by the same name.
+      limited: there is a default for the number of tokens.
+    """
+    limit, other = body.get("max_completion_tokens"), given.get("max_tokens")
+    if limit is not None and other is not None and limit != other:
+        raise InflashError(f"max_completion_tokens is {shown(limit)} and max_tokens {shown(other)}; give one of them")
+    if limit is not None:
+        given["max_tokens"] = limit
+    elif other is None and not limited:
+        given["max_tokens"] = MAX_TOKENS  # as OpenAI does: to the end of the text or of the model's positions
+    wanted, top = given.pop("logprobs", False), body.get("top_logprobs")
+    if not isinstance(wanted, bool):
+        raise InflashError(f"logprobs should be true or false for {CHAT}, found {shown(wanted)}; top_logprobs is their number")
+    if top is not None and not wanted:
+        raise InflashError(f"top_logprobs = {shown(top)} needs logprobs = true")
+    if top is not None and (not isinstance(top, int) or isinstance(top, bool) or not 0 <= top <= MAX_LOGPROBS):
+        raise InflashError(f"top_logprobs should be an integer from 0 to {MAX_LOGPROBS}, found {shown(top)}")
+    if wanted:
+        given["logprobs"] = top or 0
+    return given
+
+
+def _messages(messages: Any) -> list[Message]:
+    if not isinstance(messages, list) or not messages:
+        raise InflashError(f"messages should be a list of messages, not empty, found {shown(messages)}")
+    return [_message(message, f"messages[{place}]") for place, message in enumerate(messages)]
+
+
+def _message(message: Any, where: str) -> Message:
+    if not isinstance(message, dict):
+        raise InflashError(f"{where} should be an object, found {shown(message)}")
+    role = message.get("role")
+    if not isinstance(role, str) or role not in ROLES:
+        raise InflashError(f"{where}.role should be one of {', '.join(ROLES)}, found {shown(role)}")
+    nothing = {name: value for name, value in message.items() if name in ("tool_calls", "function_call", "refusal", "audio")}
+    if asked := [name for name, value in nothing.items() if value not in (None, [])]:
+        raise InflashError(f"{where} has {asked[0]}, which is not supported; messages are text")
+    check_known({name: value for name, value in message.items() if name not in nothing}, ("role", "content", "name"), where)
+    found = {"role": role, "content": _content(message.get("content"), f"{where}.content")}
+    if message.get("name") is not None:
+        found["name"] = text_field(message, "name")
+    return found
+
+
+def _content(content: Any, where: str) -> str:
+    """A message's text, which may come in parts."""
+    if isinstance(content, list):
+        for place, part in enumerate(content):
+            if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+                raise InflashError(f'{where}[{place}] should be {{"type": "text", "text": ...}}; only text is supported')
+        content = "\n".join(part["text"] for part in content)
+    if not isinstance(content, str):
+        raise InflashError(f"{where} should be a string or a list of text parts, found {shown(content)}")
+    check_encodable(content, where)
+    return content
+
+
+def _prompt(prompt: Any) -> str | tuple[int, ...]:
+    if isinstance(prompt, str):
+        check_encodable(prompt, "prompt")
+        if prompt:
+            return prompt
+    elif isinstance(prompt, list) and prompt and all(isinstance(item, (str, list)) for item in prompt):
+        raise InflashError("prompt is a list of prompts, of which a line takes one; give each its own line and custom_id")
+    elif isinstance(prompt, list):
+        for place, token in enumerate(prompt):
+            if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < 2**31:
+                raise InflashError(f"prompt[{place}] should be a token id (an integer of at least 0), found {shown(token)}")
+        if prompt:
+            return tuple(prompt)
+    else:
+        raise InflashError(f"prompt should be a string or a list of token ids, found {shown(prompt)}")
+    raise InflashError("prompt should not be empty")

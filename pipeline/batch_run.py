@@ -1,0 +1,139 @@
+"""The middle of a batch run: requests in, result lines out, until all are answered or somebody wants an end."""
+
+import time
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..errors import InflashError, RunError
+from .batch_file import BatchFile
+from .batch_requests import CHAT, SAMPLING_FIELDS
+from .batch_results import failed_line, refused_line, success_line
+from .chat_template import ChatTemplateError
+from .outputs import RequestOutput
+from .requests import Request
+from .result_writer import ResultWriter
+from .run_size import RunSize
+from .step_times import StepTimes
+
+if TYPE_CHECKING:
+    from .llm import LLM
+
+_LISTEN_S = 0.5  # how soon a paused run hears that it is to end
+
+
+class BatchRun:
+    """Answers the requests of a batch file that have no answer yet.
+
+    Attributes:
+      completed, refused, failed: answers so far, those of earlier runs included; of what was refused or failed before, nobody knows which.
+      in_flight: requests that are being answered.
+      draining: nothing new is begun.
+    """
+
+    def __init__(self, llm: "LLM", batch: BatchFile, done: np.ndarray, writer: ResultWriter, *, model: str) -> None:
+        """Prepares a run.
+
+        Args:
+          llm: answers.
+          batch: the requests.
+          done: [len(batch)] bool, those that have an answer.
+          writer: takes the result lines.
+          model: the name to report.
+        """
+        self._llm, self._batch, self._done, self._writer, self._model = llm, batch, done, writer, model
+        self._refusals: dict[int, str] = {}
+        self._running: dict[str, int] = {}  # custom_id to the number of logprobs asked for
+        self.completed = self.refused = self.failed = 0
+        self.draining = False
+
+    @property
+    def times(self) -> StepTimes:
+        """What it has cost so far."""
+        return self._llm.times
+
+    @property
+    def in_flight(self) -> int:
+        return len(self._running)
+
+    @property
+    def waiting(self) -> int:
+        """Requests that are not begun."""
+        return len(self._batch) - self.completed - self.refused - self.failed - self.in_flight
+
+    def measure(self, on_request: Callable[[], object]) -> RunSize:
+        """Looks at every open request, so that room can be made for the longest, and finds those that will be refused.
+
+        Raises:
+          ChatTemplateError: the model takes no messages.
+          RunError: the batch file was changed.
+        """
+        size = RunSize()
+        for index in map(int, np.flatnonzero(~self._done)):
+            try:
+                request = self._make(index)
+                size.add(len(request.prompt_token_ids), request.sampling_params)
+            except (ChatTemplateError, RunError):
+                raise
+            except InflashError as error:
+                self._refusals[index] = str(error)
+            on_request()
+        return size
+
+    def run(self, size: RunSize, on_tokens: Callable[[int], None], on_request: Callable[[], object]) -> None:
+        """Answers what is open; ends early, with nothing in flight, when `draining` is set.
+
+        Args:
+          size: from `measure`.
+          on_tokens, on_request: told of every step's tokens, and of every answer.
+        """
+        outputs = self._llm.stream(
+            self._requests(on_request), on_tokens, size=size, ready=lambda: self._writer.ready and not self.draining
+        )
+        for output in outputs:
+            self._answer(output)
+            on_request()
+        for _ in self._requests(on_request):  # where nothing could be run, what is left are refusals
+            raise AssertionError("a request was left over")
+
+    def _make(self, index: int) -> Request:
+        entry = self._batch.request(index)
+        return self._llm.make_request(entry.custom_id, entry.prompt, entry.sampling_params, index)
+
+    def _requests(self, on_request: Callable[[], object]) -> Iterator[Request]:
+        """What can be run, one by one; refuses the rest. Waits while no more results can be kept."""
+        for index in map(int, np.flatnonzero(~self._done)):
+            while not self.draining and not self._writer.wait_ready(_LISTEN_S):
+                pass
+            if self.draining:
+                return
+            self._done[index] = True
+            if index in self._refusals:
+                self.refused += 1
+                self._writer.write(self._refusal(index), succeeded=False)
+                on_request()
+                continue
+            request = self._make(index)
+            self._running[request.request_id] = request.sampling_params.logprobs or 0
+            yield request
+
+    def _refusal(self, index: int) -> dict[str, Any]:
+        message = self._refusals.pop(index)
+        field = message.partition(":")[0]
+        if field not in SAMPLING_FIELDS:
+            field = "messages" if self._batch.url == CHAT else "prompt"
+        return refused_line(self._batch.request(index).custom_id, message, param=field)
+
+    def _answer(self, output: RequestOutput) -> None:
+        asked = self._running.pop(output.request_id)
+        failure = next((completion.failure for completion in output.outputs if completion.failure), None)
+        if failure is None:
+            self.completed += 1
+            line: dict[str, Any] = success_line(
+                output.request_id, output, self._model, int(time.time()), self._batch.url, top_logprobs=asked
+            )
+        else:
+            self.failed += 1
+            line = failed_line(output.request_id, "model_error", failure)
+        self._writer.write(line, succeeded=failure is None)
