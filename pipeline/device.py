@@ -11,6 +11,7 @@ import os
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -98,9 +99,7 @@ class Device:
 
     def rate_at(self, size: float, depth: float) -> float:
         """Bytes a second from the curve, between its points in logarithms; flat beyond them."""
-        sizes = sorted({point.size for point in self.read_curve})
-        depths = sorted({point.depth for point in self.read_curve})
-        rates = {(point.size, point.depth): point.bytes_per_s for point in self.read_curve}
+        sizes, depths, rates = _tabled(self.read_curve)
         (s0, s1, s), (d0, d1, d) = _between(sizes, size), _between(depths, depth)
         corners = [[math.log(rates[a, b]) for b in (d0, d1)] for a in (s0, s1)]
         rows = [row[0] + (row[1] - row[0]) * d for row in corners]
@@ -133,6 +132,13 @@ class Device:
             name: {int(batch): Rate(**rate) for batch, rate in rates.items()} for name, rates in fields["kernels"].items()
         }
         return cls(**{**fields, "placing": Rate(**fields["placing"])})
+
+
+@lru_cache(maxsize=8)
+def _tabled(curve: tuple[ReadPoint, ...]) -> tuple[list[int], list[int], dict[tuple[int, int], float]]:
+    """A curve's sizes and depths, ascending, and its rates by both."""
+    rates = {(point.size, point.depth): point.bytes_per_s for point in curve}
+    return sorted({point.size for point in curve}), sorted({point.depth for point in curve}), rates
 
 
 def _between(values: list[int], wanted: float) -> tuple[int, int, float]:

@@ -303,14 +303,17 @@ class Planner:
     def _resident_with(self, frame: Plan, room: int) -> Plan:
         """As many layers' neurons in memory as there is room for, spread so that the disk has work throughout."""
         num_layers = self.store.config.num_layers
-        count = min(num_layers - 1, room // self.store.bundles.layer_bytes)
-        resident = _spread(count, num_layers)
-        d_ff = self.store.config.d_ff
-        return replace(
-            frame,
-            ffn=tuple(RESIDENT if inside else STREAMED for inside in resident),
-            slots=tuple(d_ff if inside else 0 for inside in resident),
-        )
+        d_ff, before = self.store.config.d_ff, total_bytes(self.store, self.options, frame)
+        for count in range(min(num_layers - 1, room // self.store.bundles.layer_bytes), 0, -1):
+            resident = _spread(count, num_layers)
+            plan = replace(
+                frame,
+                ffn=tuple(RESIDENT if inside else STREAMED for inside in resident),
+                slots=tuple(d_ff if inside else 0 for inside in resident),
+            )
+            if total_bytes(self.store, self.options, plan) - before <= room:  # a whole layer's product needs room itself
+                return plan
+        return frame
 
 
 def _spread(count: int, total: int) -> tuple[bool, ...]:

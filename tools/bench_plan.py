@@ -57,12 +57,11 @@ def run(arguments: argparse.Namespace) -> int:
 def _run(store: Store, options: Any, planner: Any, batch: int, share: int, arguments: argparse.Namespace) -> dict[str, Any]:
     """One budget's plan, predicted and measured, and with --grid its neighbours."""
     from ..pipeline.cost import CostModel
-    from ..pipeline.host_memory import ENGINE_BYTES, LOADER_BYTES
 
     length = min(arguments.length[arguments.batch.index(batch) % len(arguments.length)], store.config.max_positions)
     memory = store.num_bytes * share // 100
-    if arguments.plus_program:
-        memory += ENGINE_BYTES + options.loaders * LOADER_BYTES
+    if arguments.above_least:
+        memory += planner.least_bytes(batch, length)
     row: dict[str, Any] = {"batch": batch, "budget": share, "memory_bytes": memory, "length": length}
     try:
         planned = planner.plan(memory, batch, length, positions=(arguments.prompt_tokens + length) // 2)

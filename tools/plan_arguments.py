@@ -39,7 +39,7 @@ def add_bench_plan(parser: argparse.ArgumentParser) -> None:
         "--budgets", type=numbers, default="25,40,55,75,100", metavar="N,...", help="percent of the model (%(default)s)"
     )
     parser.add_argument(
-        "--plus-program", action="store_true", help="budgets come on top of the program's own memory, for small models"
+        "--above-least", action="store_true", help="budgets come on top of the least that would do, for small models"
     )
     parser.add_argument("--batch", type=numbers, default="1,8", metavar="B,...", help="sequences decoded together (%(default)s)")
     parser.add_argument(
