@@ -102,7 +102,7 @@ def _run_checked(
     outputs.begin(resume=arguments.resume and outputs.resumable)
     if np.all(finished != OPEN):  # there is nothing to load a model for
         state.now("completed")
-        _report(arguments, state.job, StepTimes().summary())
+        _report(arguments, state.job, {**StepTimes().summary(), "predicted": None})
         return DONE
     return _run_job(arguments, batch, outputs, finished, state, stop)
 

@@ -20,7 +20,7 @@ from inflash.tools.memory_group import MemoryGroup, NoCgroup, memory_group
 pytestmark = pytest.mark.integration
 
 LIMIT = 300 << 20  # enough for the command to start, too little for JAX and the loaders
-MANY_LOADERS = "4"  # pages of libraries may be charged to another group, which leaves more of the limit
+MANY_LOADERS = "16"  # pages of libraries may be charged to another group, which leaves more of the limit
 
 
 @pytest.fixture

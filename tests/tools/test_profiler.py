@@ -201,7 +201,8 @@ def test_a_run_that_never_came_to_a_model_has_its_own_exit_code(store: Store, de
     command = words(store, device, output, "[5]", max_tokens=1)
     (tmp_path / "in.jsonl").write_text("nonsense\n")
     assert cli.main(command) == 2
-    assert list(output.iterdir()) == [] and "inflash: error: " in capfd.readouterr().err
+    assert [path.name for path in output.iterdir()] == ["responses.jsonl.job.json"]  # which says what is wrong
+    assert "inflash: error: " in capfd.readouterr().err
 
 
 def parse(*given: str) -> argparse.Namespace:

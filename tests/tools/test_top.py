@@ -56,7 +56,7 @@ def test_lines_for_a_file(decoding: Engine, capsys: pytest.CaptureFixture[str]) 
         clock, tokens_per_s, step_ms, *parts = line.split()[:6]
         assert re.fullmatch(r"\d\d:\d\d:\d\d", clock) and float(tokens_per_s) > 0
         assert sum(map(float, parts)) == pytest.approx(float(step_ms), abs=0.2)
-        assert "\x1b" not in line and line.rstrip().endswith("MiB")
+        assert "\x1b" not in line and line.rstrip().endswith(("MiB", "GiB"))
 
 
 def test_a_terminal_is_drawn_again_until_the_engine_ends(
