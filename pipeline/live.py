@@ -114,17 +114,25 @@ class LiveReader:
           InflashError: there is no such process, it is not ours to look at, or no engine runs in it.
         """
         self.pid = pid
-        places = _memory_files(pid)
+        try:
+            places = _memory_files(pid)
+        except PermissionError as error:
+            raise InflashError(f"process {pid} belongs to somebody else; ask its owner, or root, to look at it") from error
+        except OSError as error:
+            raise InflashError(f"process {pid}: there is no such process; {_others()}") from error
         page = _own_page(pid, places)
         if page is None:
             raise InflashError(f"process {pid}: expected a running inflash engine, found none in it; {_others()}")
         self._page, self.about = page, _about(page)
         if self.about["version"] != __version__:
             raise InflashError(f"process {pid} runs inflash {self.about['version']}; use that version's command to look at it")
-        slab = places[_SLAB_NAME][-1]
-        self._counters = {
-            loader: np.frombuffer(_map(slab, offset), np.uint64, len(COUNTERS)) for loader, offset in self.about["loaders"]
-        }
+        try:
+            slab = places[_SLAB_NAME][-1]
+            self._counters = {
+                loader: np.frombuffer(_map(slab, offset), np.uint64, len(COUNTERS)) for loader, offset in self.about["loaders"]
+            }
+        except (LookupError, OSError, ValueError) as error:
+            raise InflashError(f"process {pid}: its engine has just ended; {_others()}") from error
 
     def read(self) -> LiveCounters:
         """The counters of now."""
@@ -150,7 +158,7 @@ def running_engines() -> list[int]:
         try:
             if _own_page(int(folder.name), _memory_files(int(folder.name))) is not None:
                 found.append(int(folder.name))
-        except InflashError:
+        except OSError:  # it ended meanwhile, or belongs to somebody else
             continue
     return sorted(found)
 
@@ -158,9 +166,12 @@ def running_engines() -> list[int]:
 def _own_page(pid: int, places: dict[str, list[str]]) -> mmap.mmap | None:
     """The page of the newest engine in a process; those that it only looks at do not count."""
     for path in reversed(places.get(_NAME, [])):
-        page = _map(path, 0)
-        if _about(page).get("pid") == pid:
-            return page
+        try:
+            page = _map(path, 0)
+            if _about(page).get("pid") == pid:
+                return page
+        except (OSError, ValueError):  # of an engine that has just begun to write it, or that has ended
+            continue
     return None
 
 
@@ -169,14 +180,9 @@ def _about(page: mmap.mmap) -> dict[str, Any]:
 
 
 def _memory_files(pid: int) -> dict[str, list[str]]:
-    """Paths of a process's memfds of ours, by name, in the order of their descriptors."""
+    """Paths of a process's memfds of ours, by name, in the order of their descriptors. Raises OSError."""
     folder = f"/proc/{pid}/fd"
-    try:
-        descriptors = sorted(map(int, os.listdir(folder)))
-    except PermissionError as error:
-        raise InflashError(f"process {pid} belongs to somebody else; ask its owner, or root, to look at it") from error
-    except OSError as error:
-        raise InflashError(f"process {pid}: there is no such process; {_others()}") from error
+    descriptors = sorted(map(int, os.listdir(folder)))
     found: dict[str, list[str]] = {}
     for descriptor in descriptors:
         try:

@@ -70,7 +70,7 @@ def test_prompts_of_every_length(
     monkeypatch.setattr(plan, "BLOCK_BYTES", 100 * store.bundles.bundle_bytes)
     expected = reference(text[:300])
     with open_engine(store, **options) as engine:
-        for length in (1, 31, 32, 33, 63, 64, 65, 256, 257, 300):
+        for length in (1, 63, 300, 31, 32, 33, 64, 65, 256, 257):  # the KV cache grows twice: growing compiles
             np.testing.assert_allclose(engine.all_logits(text[:length]), expected[:length], rtol=0, atol=TOLERANCE)
         lengths = [300, 1, 64, 257]
         engine.prepare(4, 300)

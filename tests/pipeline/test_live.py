@@ -59,3 +59,16 @@ def test_a_process_that_is_not_there() -> None:
     process.wait()
     with pytest.raises(InflashError, match=f"process {process.pid}: there is no such process"):
         LiveReader(process.pid)
+
+
+def test_an_engine_that_has_just_begun_its_page_is_not_there_yet() -> None:
+    pages = [os.memfd_create("inflash-live"), os.memfd_create("inflash-live")]
+    try:
+        os.ftruncate(pages[1], 4096)
+        os.pwrite(pages[1], b'{"version": "', 1024)
+        assert os.getpid() not in running_engines()
+        with pytest.raises(InflashError, match="found none in it"):
+            LiveReader(os.getpid())
+    finally:
+        for page in pages:
+            os.close(page)
