@@ -134,7 +134,9 @@ class Engine:
             if streamed:
                 streamed.bind(self._slab, self._pool)
             self.neurons.bind(self._slab, self._pool)
-            self._live = LivePage(about_run(self.store, options, plan, native=self._native), self._pool.counter_places)
+            about = about_run(self.store, options, plan, native=self._native)
+            assert self._slab.descriptor is not None
+            self._live = LivePage(about, self._slab.descriptor, self._pool.counter_places)
             self._predictor = self._make_predictor()
             self._ahead = self._load_predictor(plan.prefetch, guessed_layers(plan)) if plan.prefetch else None
         except BaseException:

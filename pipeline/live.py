@@ -50,14 +50,16 @@ def about_run(store: Store, options: EngineOptions, plan: Plan, *, native: bool)
 class LivePage:
     """The engine's side."""
 
-    def __init__(self, about: dict[str, Any], loaders: list[tuple[int, int]]) -> None:
+    def __init__(self, about: dict[str, Any], slab_descriptor: int, loaders: list[tuple[int, int]]) -> None:
         """Makes the page.
 
         Args:
           about: what readers may want to know that does not change, in JSON's types.
+          slab_descriptor: of this process, as it may have several engines.
           loaders: process id of each, and where its counters lie in the slab.
         """
-        needed = {"version": __version__, "pid": os.getpid(), "started_s": time.time(), "loaders": loaders[:64]}
+        needed = {"version": __version__, "pid": os.getpid(), "started_s": time.time(), "slab": slab_descriptor}
+        needed["loaders"] = loaders[:64]
         text = json.dumps({**needed, **about}).encode()
         if len(text) > _ABOUT_BYTES:  # a store's path may be long; readers can do without it
             text = json.dumps(needed).encode()
@@ -127,11 +129,11 @@ class LiveReader:
         if self.about["version"] != __version__:
             raise InflashError(f"process {pid} runs inflash {self.about['version']}; use that version's command to look at it")
         try:
-            slab = places[_SLAB_NAME][-1]
+            slab = next(place for place in places[_SLAB_NAME] if place.endswith(f"/{self.about['slab']}"))
             self._counters = {
                 loader: np.frombuffer(_map(slab, offset), np.uint64, len(COUNTERS)) for loader, offset in self.about["loaders"]
             }
-        except (LookupError, OSError, ValueError) as error:
+        except (LookupError, StopIteration, OSError, ValueError) as error:
             raise InflashError(f"process {pid}: its engine has just ended; {_others()}") from error
 
     def read(self) -> LiveCounters:

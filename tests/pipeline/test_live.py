@@ -46,7 +46,7 @@ def test_an_engine_shows_its_counters_from_outside(tmp_path: Path) -> None:
 
 
 def test_a_store_with_a_long_name_is_left_out() -> None:
-    page = LivePage({"model": "x" * 5000}, [])
+    page = LivePage({"model": "x" * 5000}, 0, [])
     try:
         assert os.getpid() in running_engines()
     finally:
