@@ -77,7 +77,7 @@ def disturbed(words: list[str], output: Path, num_requests: int, kills: int, vic
         finished = output.read_bytes().count(b"\n") if output.exists() else 0
         process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
         if start <= kills:
-            wait_for_results(process, output, random.randrange(finished, num_requests))
+            wait_for_results(process, output, random.randint(finished, max(finished, num_requests - 1)))
         else:
             process.wait(600)
         if process.poll() is None:
