@@ -35,7 +35,7 @@ class BatchOutputs:
             self.resumable = isinstance(self.results, ResultFile)
             self.fresh = not any(file.path.stat().st_size for file in self._files())
             self._kept = stack.pop_all()
-        self._output, self._taken = output, False
+        self._taken = False
 
     def finished(self, batch: BatchFile) -> np.ndarray:
         """[len(batch)] int8: OPEN, SUCCEEDED or UNSUCCESSFUL.
