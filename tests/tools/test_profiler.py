@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from synthetic_stores import synthetic_store
 
+from inflash.pipeline.trace_area import TraceArea
 from inflash.storage.store import Store
 from inflash.tools import cli, profiler
 from inflash.tools.profile_arguments import engine_words, sampling_words
@@ -150,6 +151,8 @@ def test_a_killed_process_leaves_its_last_span(store: Store, device: Path, tmp_p
         [sys.executable, "-m", "inflash.tools.cli", *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     engine, loader = wait_for_steps(profiling)
+    if victim == "engine":
+        stop_within_a_span(engine)
     os.kill(loader if victim == "loader" else engine, signal.SIGKILL)
     _, errors = profiling.communicate(timeout=WAIT_S)
     assert profiling.returncode == 1, errors
@@ -165,6 +168,21 @@ def test_a_killed_process_leaves_its_last_span(store: Store, device: Path, tmp_p
     if victim == "engine":
         assert "signal 9" in profile["ended"]["what"]
         assert [event for event in spans if event["pid"] == engine and event["args"].get("unfinished")]
+
+
+def stop_within_a_span(engine: int) -> None:
+    """Stops the engine at a moment at which a span of its is under way: between two steps there is none."""
+    descriptors = Path(f"/proc/{engine}/fd").iterdir()
+    mapped = next(path for path in descriptors if os.readlink(path).startswith("/memfd:inflash-trace"))
+    area, deadline = TraceArea(os.open(mapped, os.O_RDWR)), time.monotonic() + WAIT_S
+    while time.monotonic() < deadline:
+        os.kill(engine, signal.SIGSTOP)
+        stopped = "\nState:\tT" in Path(f"/proc/{engine}/status").read_text()
+        if stopped and (area.read(0).records["end_ns"] == 0).any():
+            return area.close()
+        os.kill(engine, signal.SIGCONT)
+        time.sleep(0.003)
+    raise AssertionError("no span was ever under way")
 
 
 def wait_for_steps(profiling: subprocess.Popen) -> tuple[int, int]:
