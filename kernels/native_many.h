@@ -77,25 +77,30 @@ Phase dot_many(int64_t num_rows, int64_t width, const float* packed, int64_t bat
   }};
 }
 
-// out [batch, width] = accumulator + hidden [batch, count] . rows, a panel of columns at a time.
+// out [batch, width] = accumulator + hidden [batch, count] . rows, some panels of columns at a time: whole lines of the cache of each row.
 template <class Format, class Row>
 Phase mix_many(int64_t count, int64_t width, const float* hidden, int64_t batch, const Row& row, const float* accumulator, float* out) {
-  return {panels(width), [=](int64_t p) {
-    const int64_t first = p * kPanel, columns = std::min<int64_t>(kPanel, width - first);
-    float* panel = scratch<float, 8>(kDepth * kPanel);
-    float* sums = scratch<float, 7>(batch * kPanel);
-    std::fill(sums, sums + batch * kPanel, 0.0f);
+  constexpr int64_t kPanels = 4, kColumns = kPanels * kPanel;
+  return {(width + kColumns - 1) / kColumns, [=](int64_t chunk) {
+    const int64_t first = chunk * kColumns, columns = std::min(kColumns, width - first);
+    float* packed = scratch<float, 8>(kDepth * kColumns);
+    float* sums = scratch<float, 7>(batch * kColumns);
+    std::fill(sums, sums + batch * kColumns, 0.0f);
+    if (columns < kColumns) std::fill(packed, packed + kDepth * kColumns, 0.0f);
     for (int64_t from = 0; from < count; from += kDepth) {
       const int64_t depth = std::min(kDepth, count - from);
       for (int64_t k = 0; k < depth; ++k) {
         const auto* values = row(from + k) + first;
-        for (int64_t j = 0; j < columns; ++j) panel[k * kPanel + j] = widened_weight(values[j]);
-        for (int64_t j = columns; j < kPanel; ++j) panel[k * kPanel + j] = 0.0f;
+        prefetch<kLine<Format>>(row(std::min(from + k + kBurst, count - 1)) + first, 0, columns);
+        for (int64_t at = 0; at < columns; at += kPanel)
+          for (int64_t j = 0; j < std::min<int64_t>(kPanel, columns - at); ++j)
+            packed[(at / kPanel * kDepth + k) * kPanel + j] = widened_weight(values[at + j]);
       }
-      multiply_rows(batch, hidden + from, count, panel, depth, sums, kPanel);
+      for (int64_t at = 0; at < columns; at += kPanel)
+        multiply_rows(batch, hidden + from, count, packed + at * kDepth, depth, sums + at, kColumns);
     }
     for (int64_t b = 0; b < batch; ++b)
-      for (int64_t j = 0; j < columns; ++j) out[b * width + first + j] = accumulator[b * width + first + j] + sums[b * kPanel + j];
+      for (int64_t j = 0; j < columns; ++j) out[b * width + first + j] = accumulator[b * width + first + j] + sums[b * kColumns + j];
   }};
 }
 
