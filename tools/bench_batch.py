@@ -20,6 +20,9 @@ from .memory_group import NoCgroup, memory_group
 from .progress import progress_bar
 from .table import table
 
+RESERVE_BYTES = 128 << 20
+"""Of a row's memory that its plan leaves alone: the tokenizer, sampling, and what many sequences take that no account has."""
+
 _KILLED = (-9, 137)
 
 
@@ -42,7 +45,12 @@ def run(arguments: argparse.Namespace) -> int:
                 memory += kv_cache_bytes(store, batch, length) - kv_cache_bytes(store, 1, length)
             for path in arguments.paths:
                 row = {"batch": batch, "path": path, "memory_bytes": memory}
-                config = {"memory": memory, "path": path, "prompts": token_ids[:batch].tolist(), "tokens": arguments.tokens}
+                config = {
+                    "memory": memory - RESERVE_BYTES,
+                    "path": path,
+                    "prompts": token_ids[:batch].tolist(),
+                    "tokens": arguments.tokens,
+                }
                 results.append(row | _measured(arguments.model, config))
                 bar.update()
     _report(store, arguments, results, source)
@@ -56,7 +64,7 @@ def _measured(model: Path, config: dict[str, Any]) -> dict[str, Any]:
         file.flush()
         command = [sys.executable, "-P", "-m", "inflash.tools.batch_row", file.name]
         try:
-            group = stack.enter_context(memory_group(config["memory"] + ALLOWANCE_BYTES))
+            group = stack.enter_context(memory_group(config["memory"] + RESERVE_BYTES + ALLOWANCE_BYTES))
             command = group.wrap(command)
         except NoCgroup:
             group = None
