@@ -24,7 +24,9 @@ def read_rate(file: Path, file_bytes: int, size: int, depth: int, seconds: float
     descriptor = _open_direct(file)
     memory = mmap.mmap(-1, depth * size)
     blocks = max(1, file_bytes // size)
-    places = np.arange(_PLANNED_READS) % blocks if in_order else np.random.default_rng().integers(0, blocks, _PLANNED_READS)
+    rng = np.random.default_rng()
+    # In order from anywhere: what was read the last time may still be in somebody's cache.
+    places = (rng.integers(blocks) + np.arange(_PLANNED_READS)) % blocks if in_order else rng.integers(0, blocks, _PLANNED_READS)
     segments = np.empty(_PLANNED_READS, SEGMENT)
     segments["address"] = np.frombuffer(memory, np.uint8).ctypes.data + size * (np.arange(_PLANNED_READS) % depth)
     segments["length"] = size

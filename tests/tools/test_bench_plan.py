@@ -12,6 +12,7 @@ from inflash.pipeline.hit_curves import assumed_curves
 from inflash.pipeline.options import EngineOptions
 from inflash.pipeline.planner import Planner
 from inflash.storage.store import Store
+from inflash.tools import yardstick
 from inflash.tools.bench_plan import neighbours
 from inflash.tools.cli import main
 
@@ -27,6 +28,8 @@ def test_a_budget_is_predicted_run_and_compared_and_one_too_small_is_reported(
     store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for name, value in {"_ROWS": 256, "_DISK_S": 0.003}.items():
+        monkeypatch.setattr(yardstick, name, value)
     command = ["bench", "plan", str(store.path), "--budgets", "50", "--batch", "2", "--length", "64", "--seconds", "0.1"]
     assert main(command) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -36,6 +39,7 @@ def test_a_budget_is_predicted_run_and_compared_and_one_too_small_is_reported(
     document = json.loads(capsys.readouterr().out.splitlines()[-1])
     (row,) = document["rows"]
     assert row["measured"]["total_ms"] > 0 and row["measured"]["steps"] >= 2
+    assert len(row["states"]) >= 2 and all(state["random_bytes_per_s"] > 0 for state in row["states"])
     assert row["error"] == pytest.approx(row["predicted"]["total_ms"] / row["measured"]["total_ms"] - 1)
     assert document["worst_error"] == document["median_error"] == abs(row["error"])
     assert row["peak_bytes"] is None or row["peak_bytes"] <= row["memory_bytes"] + (64 << 20)
