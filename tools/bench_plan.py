@@ -77,12 +77,29 @@ class _Comparison:
         row |= self._run(planned.plan, planned, self._options)
         if "measured" in row:
             row["error"] = row["predicted"]["total_ms"] / row["measured"]["total_ms"] - 1
-        if arguments.grid:
-            row["grid"] = [
-                {"name": name, **self._run(plan, planned, replace(self._options, **changes))}
-                for name, changes, plan in neighbours(planner, planned)
-            ]
+        if arguments.grid and "measured" in row:
+            row["grid"] = [self._beside(row, planned, *neighbour) for neighbour in neighbours(planner, planned)]
         return row
+
+    def _beside(self, row: dict[str, Any], planned: Any, name: str, changes: dict[str, Any], plan: Any) -> dict[str, Any]:
+        """A neighbour's run, and how much longer it took than the plan's own, both as multiples of what the plan takes at that pace."""
+        other = self._run(plan, planned, replace(self._options, **changes))
+        if "measured" in other:
+            mine, its = (
+                run["measured"]["total_ms"] / statistics.fmean(self._total_ms(planned, state) for state in run["states"])
+                for run in (row, other)
+            )
+            other["longer"] = its / mine - 1
+        return {"name": name, **other}
+
+    def _total_ms(self, planned: Any, state: dict[str, Any]) -> float:
+        """What the plan is predicted to take at a pace."""
+        from ..pipeline.cost import CostModel
+        from ..pipeline.device import MachineState
+
+        device = self._planner.device.in_state(MachineState.from_json(state))
+        cost = CostModel(self._store, self._options, device, self._planner.curves)
+        return cost.predict(planned.plan, planned.num_seqs, planned.positions).total_ms
 
     def _run(self, plan: Any, planned: Any, options: Any) -> dict[str, Any]:
         from ..pipeline.cost import CostModel
@@ -173,10 +190,8 @@ def _report(store: Store, results: list[dict[str, Any]], plot: Path | None) -> N
     for row in results:
         for other in row.get("grid", []):
             if "measured" in other:
-                change = other["measured"]["total_ms"] / row["measured"]["total_ms"] - 1 if "measured" in row else 0.0
-                print(
-                    f"batch {row['batch']}, {row['budget']}%, {other['name']}: {other['measured']['total_ms']:.1f} ms, {100 * change:+.0f}%"
-                )
+                took = f"{other['measured']['total_ms']:.1f} ms, {other['longer']:+.0%} at the plan's own pace"
+                print(f"batch {row['batch']}, {row['budget']}%, {other['name']}: {took}")
     errors = [abs(row["error"]) for row in results if "error" in row]
     summary = {"median_error": statistics.median(errors), "worst_error": max(errors)} if errors else {}
     if errors:
