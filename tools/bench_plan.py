@@ -11,6 +11,7 @@ import statistics
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -86,28 +87,26 @@ class _Comparison:
         other = self._run(plan, planned, replace(self._options, **changes))
         if "measured" in other:
             mine, its = (
-                run["measured"]["total_ms"] / statistics.fmean(self._total_ms(planned, state) for state in run["states"])
+                run["measured"]["total_ms"] / statistics.fmean(self._own_ms(planned, state) for state in run["states"])
                 for run in (row, other)
             )
             other["longer"] = its / mine - 1
         return {"name": name, **other}
 
-    def _total_ms(self, planned: Any, state: dict[str, Any]) -> float:
-        """What the plan is predicted to take at a pace."""
-        from ..pipeline.cost import CostModel
+    def _own_ms(self, planned: Any, state: dict[str, Any]) -> float:
+        """What the plan itself is predicted to take at a pace."""
         from ..pipeline.device import MachineState
 
-        device = self._planner.device.in_state(MachineState.from_json(state))
-        cost = CostModel(self._store, self._options, device, self._planner.curves)
-        return cost.predict(planned.plan, planned.num_seqs, planned.positions).total_ms
+        return self._predict(planned.plan, planned, self._options, MachineState.from_json(state))["total_ms"]
+
+    def _predict(self, plan: Any, planned: Any, options: Any, state: Any) -> dict[str, float]:
+        from ..pipeline.cost import CostModel
+
+        cost = CostModel(self._store, options, self._planner.device.in_state(state), self._planner.curves)
+        return cost.predict(plan, plan.num_seqs, planned.positions).to_json()
 
     def _run(self, plan: Any, planned: Any, options: Any) -> dict[str, Any]:
-        from ..pipeline.cost import CostModel
         from .plan_run import run_watched
-
-        def predict(state: Any) -> dict[str, float]:
-            cost = CostModel(self._store, options, self._planner.device.in_state(state), self._planner.curves)
-            return cost.predict(plan, plan.num_seqs, planned.positions).to_json()
 
         return run_watched(
             self._row_config(plan, options),
@@ -115,7 +114,7 @@ class _Comparison:
             seconds=self._arguments.seconds,
             most_steps=self._arguments.tokens,
             look=self._yardstick.measure,
-            predict=predict,
+            predict=partial(self._predict, plan, planned, options),
         )
 
     def _row_config(self, plan: Any, options: Any) -> dict[str, Any]:

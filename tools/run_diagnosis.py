@@ -5,7 +5,6 @@ from typing import Any
 
 _BUSY = 0.5  # of the wait reads are under way: then the disk, or how it is asked, decides
 _SHALLOW = 0.6  # of the best rate at this size: deeper would be faster
-_WORTH_SAYING = 1.25  # times as fast
 
 
 def limits(profile: dict[str, Any]) -> list[str]:
