@@ -367,6 +367,7 @@ class Engine:
         began, requested = time.perf_counter_ns(), self._pool.bytes_requested
         with self._whole(), self._trace.span(PROMPT, value=num_tokens):
             yield
+        trim()  # the activations of many tokens leave holes that steps do not fill
         elapsed = time.perf_counter_ns() - began
         self.times.prompt_ns += elapsed
         self.times.total_ns += elapsed

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..storage.store import Store, open_store
-from .bench_plan import ALLOWANCE_BYTES
+from .plan_run import ALLOWANCE_BYTES
 from .memory_group import NoCgroup, memory_group
 from .progress import progress_bar
 from .table import table
