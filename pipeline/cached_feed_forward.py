@@ -6,9 +6,10 @@ Axes: T tokens of a tile, D d_model, F d_ff, S slots, K padded neurons.
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from ..kernels.compilation import jit
@@ -229,9 +230,11 @@ class CachedFeedForward:
         return len(neuron_ids), cache.num_missing(neuron_ids), cache.full
 
     def row_s(self, tile: Tile) -> float:
-        """Seconds that a neuron takes to compute with from its slot for tiles of this shape, nothing read; compiled before."""
-        some = np.zeros(self._gather_sizes[-1], np.int32)
-        return shortest_s(lambda: self._gather(next(iter(self._layers)), some, some, tile.residual, tile)) / len(some)
+        """Seconds that a neuron takes to compute with from its slot for tiles of this shape, all of which name it, nothing read."""
+        assert tile.predicted is not None
+        layer, slots = next(iter(self.slots.items()))
+        some, all_named = np.arange(slots, dtype=np.int32), replace(tile, predicted=jnp.ones_like(tile.predicted))
+        return shortest_s(lambda: self._gather(layer, some, some, tile.residual, all_named)) / slots
 
     def warm_up(self, tile: Tile) -> None:
         assert tile.predicted is not None

@@ -5,11 +5,14 @@ to read them in order, at the disk's best rate. Which way is cheaper follows fro
 from what a row costs each way. Both are measured while the engine runs. Plain Python, no model needed.
 """
 
+import statistics
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 _TIMED_EVERY = 4  # steps; timing one waits for its kernels
-_NEWEST = 0.25  # weight of the newest measurement
+_NEWEST = 0.25  # weight of what the newest step named
+_KEPT = 5  # measurements of a rate; their median counts, as a single step may be held up by anything
 _MARGIN = 0.93  # the other way has to be so much cheaper
 _TRIAL_SHARE = 0.01  # of all time may go into trying the dearer way
 _FEWEST_BETWEEN = 24  # steps from one trial to the next
@@ -44,6 +47,26 @@ class _Seen:
 
 
 @dataclass(slots=True)
+class _Measured:
+    """What the layers of a step took together, and what earlier steps said of a rate."""
+
+    rates: deque[float]
+    seconds: float = 0.0
+    count: int = 0
+
+    def add(self, seconds: float, count: int) -> None:
+        self.seconds += seconds
+        self.count += count
+
+    def rate(self) -> float:
+        """Seconds for one; the step's sums start anew."""
+        if self.count:
+            self.rates.append(max(0.0, self.seconds) / self.count)
+        self.seconds, self.count = 0.0, 0
+        return statistics.median(self.rates)
+
+
+@dataclass(slots=True)
 class PathChoice:
     """Decides for every cached layer, between steps.
 
@@ -65,12 +88,16 @@ class PathChoice:
     _settled: frozenset[int] = frozenset()
     _seen: dict[int, _Seen] = field(default_factory=dict)
     _full: set[int] = field(default_factory=set)
+    _missed: _Measured = field(init=False)
+    _streamed: _Measured = field(init=False)
     _steps: int = 0
     _since_trial: int = 0
     _credit_s: float = 0.0
 
     def __post_init__(self) -> None:
         self._seen = {layer: _Seen() for layer in self.layers}
+        self._missed = _Measured(deque([self.rates.missed_s], _KEPT))
+        self._streamed = _Measured(deque([self.rates.streamed_s], _KEPT))
 
     def saw(self, layer: int, named: int, missed: int, *, full: bool) -> None:
         """What a step named in a layer, and of that had to be read, or would have had to be; `full`: the cache has no free slot left."""
@@ -81,12 +108,11 @@ class PathChoice:
     def took_sparse(self, named: int, missed: int, seconds: float) -> None:
         """A layer's time by slot, when so many neurons were named and read."""
         if missed:
-            found = max(0.0, seconds - named * self.rates.gathered_s) / missed
-            self.rates.missed_s += _NEWEST * (found - self.rates.missed_s)
+            self._missed.add(seconds - named * self.rates.gathered_s, missed)
 
     def took_dense(self, seconds: float) -> None:
         """A layer's time in order."""
-        self.rates.streamed_s += _NEWEST * (seconds / self.d_ff - self.rates.streamed_s)
+        self._streamed.add(seconds, self.d_ff)
 
     def expected_s(self, layer: int) -> tuple[float, float]:
         """Seconds by slot and in order."""
@@ -95,6 +121,7 @@ class PathChoice:
 
     def next_step(self) -> None:
         """Called after each step: decides how the next one goes."""
+        self.rates.missed_s, self.rates.streamed_s = self._missed.rate(), self._streamed.rate()
         self._steps += 1
         self._since_trial += 1
         if self.on_trial:

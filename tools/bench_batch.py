@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from ..storage.store import Store, open_store
-from .plan_run import ALLOWANCE_BYTES
 from .memory_group import NoCgroup, memory_group
+from .plan_run import ALLOWANCE_BYTES
 from .progress import progress_bar
 from .table import table
 

@@ -64,11 +64,22 @@ def test_rates_follow_what_was_measured() -> None:
     slower = choice()
     steps(slower, 8, missed=100)
     assert not slower.dense
-    for _ in range(40):
+    for _ in range(5):
         slower.took_sparse(900, 100, 900e-6 + 100 * 200e-6)
-    assert slower.rates.missed_s == pytest.approx(200e-6, rel=0.01)
+        steps(slower, 1, missed=100)
+    assert slower.rates.missed_s == pytest.approx(200e-6)
     assert steps(slower, 3, missed=100)[-1] == frozenset(LAYERS)
-    for _ in range(40):
+    for _ in range(5):
         slower.took_dense(0.5)
-    assert slower.rates.streamed_s == pytest.approx(0.5 / D_FF, rel=0.01)
+        steps(slower, 1, missed=100)
+    assert slower.rates.streamed_s == pytest.approx(0.5 / D_FF)
     assert not steps(slower, 3, missed=100)[-1] or slower.on_trial
+
+
+def test_one_step_that_was_held_up_changes_nothing() -> None:
+    held_up = choice()
+    for step in range(8):
+        for layer in LAYERS:
+            held_up.took_sparse(900, 100, 900e-6 + 100 * (50e-6 if step != 5 or layer != 3 else 0.1))
+        assert steps(held_up, 1, missed=100) == [frozenset()]
+    assert held_up.rates.missed_s == pytest.approx(50e-6)
