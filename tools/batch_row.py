@@ -18,7 +18,7 @@ from ..pipeline.run_size import RunSize
 from ..pipeline.sampling_params import SamplingParams
 from .ablation_row import held_bytes
 
-_WARM_UP_TOKENS = 3
+_WARM_UP_PROMPT, _WARM_UP_TOKENS = 16, 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +47,7 @@ def measure(config: RowConfig) -> dict[str, Any]:
         size = RunSize()
         for prompt, one in zip(config.prompts, params, strict=True):
             size.add(len(prompt), one)
-        _run(llm, config.prompts, first, size)
+        _run(llm, [prompt[:_WARM_UP_PROMPT] for prompt in config.prompts], first, size)
         before, read, began = llm.times.copy(), llm.engine.pool.bytes_requested, time.perf_counter()
         generated = _run(llm, config.prompts, params, size)
         seconds, after, engine = time.perf_counter() - began, llm.times, llm.engine
