@@ -82,6 +82,12 @@ def _lengths(spans: np.ndarray) -> np.ndarray:
     return (spans["end_ns"] - spans["begin_ns"]).astype(np.float64)
 
 
+def decoding_span_ns(records: np.ndarray) -> tuple[int, int] | None:
+    """From the first decoding step's beginning to the last one's end; None: there was none."""
+    steps = records[(records["kind"] == STEP) & (records["end_ns"] > 0)]
+    return (int(steps["begin_ns"][0]), int(steps["end_ns"].max())) if len(steps) else None
+
+
 def _layers(spans: dict[int, np.ndarray], parts: _Parts) -> list[dict[str, Any]]:
     """A mean step's time and neurons by layer."""
     layers, waits, memory, lengths = (
@@ -164,6 +170,7 @@ def read_figures(engine: np.ndarray, loaders: Sequence[WriterTrace], depth: int)
         "busy_share": busy_ns / step_ns if step_ns else 0.0,
         "bytes_per_s": mean_bytes * num_reads / (busy_ns / 1e9) if busy_ns else 0.0,
         "request_ms": float(np.median(_lengths(requests))) / 1e6 if len(requests) else 0.0,
+        "asked_share": _integral(*asked, steps) / step_ns if step_ns else 0.0,
         "wait_reading_ms": _integral(times, reading, waits) / 1e6 / count,
         "wait_asked_ms": _integral(*asked, waits) / 1e6 / count,
         "sizes": sizes,

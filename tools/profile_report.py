@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from .run_diagnosis import rate_text, size_text
+from .amounts import rate_text, size_text
 from .svg_chart import Axes, Series, lines, nothing, split_bar, stacked_bars
 
 TEMPLATE = Path(__file__).with_name("profile_report.html")

@@ -13,7 +13,7 @@ from pathlib import Path
 from ..errors import InflashError
 from ..pipeline.live import LiveCounters, LiveReader
 from .process_sampler import ProcessSample, look_at, pss_bytes
-from .run_diagnosis import rate_text, size_text
+from .amounts import rate_text, size_text
 
 _BAR = 46
 _FIELDS = ("time", "tokens/s", "step ms", "I/O wait", "memory", "compute", "hits", "read", "under way", "CPU", "PSS")
