@@ -34,6 +34,6 @@ def profile(**changes: Any) -> dict[str, Any]:
         "kernels": "native",
         "sequences": 1.0,
         "engine_queue_wait_share": 0.0,
-        "decoding": {"s": 4.56, "loader_cpu_ms": 20.0, "engine_queue_wait_ms": 1.0},
+        "decoding": {"s": 4.56, "loader_cpu_ms": 20.0, "loader_queue_wait_ms": 0.0, "engine_queue_wait_ms": 1.0},
     }  # fmt: skip
     return usual | changes

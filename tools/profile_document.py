@@ -32,7 +32,7 @@ _CURVE_SIZES, _CURVE_DEPTHS, _CURVE_S = (4096, 16384, 65536, 262144), (1, 16, 12
 
 
 def write_outputs(folder: Path, store: Store, watch: Watch, words: list[str], device: dict[str, Any] | None) -> list[str]:
-    """Writes `trace.json`, `profile.json` and `report.html` into `folder`; returns what limits the run, and what would help, in sentences."""
+    """Writes `trace.json`, `profile.json` and `report.html` into `folder`; returns what limits the run and what would help."""
     traces = [watch.area.read(number) for number in watch.area.process_ids()]
     document = profile_document(store, watch, traces, words, device or measure_device(store))
     notes = {"command": document["command"], "ended": document["ended"], "lost_records": document["lost_records"]}
@@ -121,12 +121,19 @@ def _decoding(document: dict[str, Any], span: tuple[int, int] | None, origin_ns:
     begin_s, end_s = ((at - origin_ns) / 1e9 for at in span or (origin_ns, origin_ns))
     used = {name: decoding_usage(process["samples"], begin_s, end_s) for name, process in document["processes"].items()}
     steps = max(document["token"]["steps"], 1)
-    cpu = [loader["user_s"] + loader["system_s"] for name, loader in used.items() if name != "engine" and loader["user_s"] is not None]
-    waited = used.get("engine", {}).get("queue_wait_s")
+    loaders = [process for name, process in used.items() if name != "engine"]
+
+    def ms(processes: list[dict[str, float | None]], *totals: str) -> float | None:
+        amounts = [process[total] for process in processes for total in totals]
+        known = [amount for amount in amounts if amount is not None]
+        return 1e3 * sum(known) / steps if known else None
+
     return {
+        "begin_s": begin_s if span else None,
         "s": end_s - begin_s,
-        "loader_cpu_ms": 1e3 * sum(cpu) / steps if cpu else None,
-        "engine_queue_wait_ms": None if waited is None else 1e3 * waited / steps,
+        "loader_cpu_ms": ms(loaders, "user_s", "system_s"),
+        "loader_queue_wait_ms": ms(loaders, "queue_wait_s"),
+        "engine_queue_wait_ms": ms([used["engine"]], "queue_wait_s") if "engine" in used else None,
         "processes": used,
     }
 

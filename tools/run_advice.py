@@ -67,7 +67,11 @@ class _Waiting:
         self.ms = profile["token"]["io_wait_ms"]
         self.reading_ms = min(reads["wait_reading_ms"], self.ms)
         self.handling_ms = max(0.0, min(reads["wait_asked_ms"], self.ms) - self.reading_ms)
-        self.curve, self.depth, self.size = DiskCurve(profile["device"]["read_curve"]), reads["mean_under_way"], reads["mean_bytes"]
+        self.curve, self.depth, self.size = (
+            DiskCurve(profile["device"]["read_curve"]),
+            reads["mean_under_way"],
+            reads["mean_bytes"],
+        )
         self.better_depth, self.left = None, (1.0, 1.0)
         if self.curve.depths and self.size > 0 and self.depth >= reads["depth"] / 2:
             better = min(self.curve.best_depth(self.size), reads["per_step"] / layers)
@@ -225,7 +229,9 @@ def _computing(profile: Profile) -> Iterator[Advice]:
             "when the engine's threads were ready to run, they waited for a processor for "
             f"{percent_text(share)} of the time, {ms_text(waited_ms)} a token over all threads"
         )
-        yield Advice(title="a processor for inflash alone", text=text, saves_ms=min(waited_ms, compute_ms + profile["token"]["memory_ms"]))
+        yield Advice(
+            title="a processor for inflash alone", text=text, saves_ms=min(waited_ms, compute_ms + profile["token"]["memory_ms"])
+        )
     if profile["kernels"] != "native":
         text = "`inflash build-kernels` compiles them, once; they speed up computing"
         yield Advice(title="native kernels", text=text, saves_ms=compute_ms)

@@ -10,7 +10,7 @@ Profile = dict[str, Any]
 
 
 def limits(profile: Profile, found: list[Advice]) -> list[str]:
-    """Three texts, for the report and the terminal; the third says what `advice` has found."""
+    """Three texts, for the report and the terminal; the second may have several lines, the third says what `advice` has found."""
     token = profile["token"]
     if not token["steps"]:
         return [
@@ -40,7 +40,8 @@ def _where(token: dict[str, float], largest: str) -> str:
 def advice_text(one: Advice, total_ms: float) -> str:
     """The whole of it, for a list."""
     title = one.title[:1].upper() + one.title[1:]
-    return f"{title}: {one.text}. Saves at most {ms_text(one.saves_ms)} of {ms_text(total_ms)}."
+    why = " It comes first because the cache hardly holds more than one token needs." if one.first else ""
+    return f"{title}: {one.text}. Saves at most {ms_text(one.saves_ms)} of {ms_text(total_ms)}.{why}"
 
 
 def _to_be_faster(largest: str, found: list[Advice]) -> str:
@@ -53,7 +54,7 @@ def _to_be_faster(largest: str, found: list[Advice]) -> str:
 
 
 def _io_bound(profile: Profile) -> str:
-    return " ".join(filter(None, (_cache(profile), _reads(profile), _disk(profile), _loaders(profile))))
+    return "\n".join(filter(None, (_cache(profile), _reads(profile), _disk(profile), _loaders(profile))))
 
 
 def _cache(profile: Profile) -> str:
@@ -88,15 +89,18 @@ def _disk(profile: Profile) -> str:
 
 
 def _loaders(profile: Profile) -> str:
-    """Where loaders spend more of the wait on a processor than the disk does on reading."""
-    busy, reads = loader_busy(profile), profile["reads"]["per_step"]
-    if busy <= 0.5 or not reads:
+    """Where loaders spend more of the wait on a processor, or in line for one, than the disk does on reading."""
+    decoding, reads = profile["decoding"], profile["reads"]["per_step"]
+    busy, cpu_ms, waited_ms = loader_busy(profile), decoding["loader_cpu_ms"], decoding["loader_queue_wait_ms"] or 0.0
+    if not reads or not busy or busy * (1 + waited_ms / cpu_ms) <= 0.5:
         return ""
-    us = 1e3 * profile["decoding"]["loader_cpu_ms"] / reads
-    return (
-        f"While they had something to read, loaders spent {percent_text(min(busy, 1.0))} of the time on a processor, {us:.0f} us a read: "
-        "handing reads to the kernel and taking them back takes more of the wait than the disk does, and less a read when many go together."
+    text = (
+        f"While they had something to read, loaders spent {percent_text(min(busy, 1.0))} of the time on a processor, "
+        f"{1e3 * cpu_ms / reads:.0f} us a read: to hand it to the kernel and take it back."
     )
+    if waited_ms > 0.1 * cpu_ms:
+        text += f" They stood in line for a processor for another {1e3 * waited_ms / reads:.0f} us a read."
+    return text + " That takes more of the wait than the disk does; it is less for a read when many go together."
 
 
 def _memory_bound(profile: Profile) -> str:

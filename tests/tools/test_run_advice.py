@@ -60,7 +60,9 @@ def test_a_wider_gap_is_told_only_where_reading_in_vain_pays() -> None:
     few = [{"hits": 100.0, "misses": 27.0, "prefetched": 0.0}] * 3  # one of 38
     assert "fewer, larger reads" not in titles(layers=few, cache={"share": 0.79})
     flat = [{"size": size, "depth": depth, "bytes_per_s": 1e4 * size} for size in (4096, 65536) for depth in (1, 128)]
-    found = one("fewer, larger reads", layers=[{"hits": 10.0, "misses": 512.0, "prefetched": 0.0}] * 3, device={"read_curve": flat})
+    found = one(
+        "fewer, larger reads", layers=[{"hits": 10.0, "misses": 512.0, "prefetched": 0.0}] * 3, device={"read_curve": flat}
+    )
     assert found.saves_ms > 40 and "--merge-gap" in found.text  # a read takes as long, however large it is
 
 

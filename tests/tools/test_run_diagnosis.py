@@ -17,16 +17,22 @@ def texts(**changes: Any) -> list[str]:
 def test_a_starved_run_is_told_what_it_reads_and_what_the_disk_could_give() -> None:
     where, why, todo = texts()
     assert "took 114 ms" in where and "90.0 ms of it (79 %)" in where and "waited for neurons from the disk" in where
-    assert "holds 51 neurons of a layer; a token uses 400 there and misses 300" in why and "hardly holds more than one token" in why
+    assert (
+        "holds 51 neurons of a layer; a token uses 400 there and misses 300" in why and "hardly holds more than one token" in why
+    )
     assert "4.0 MiB a token in 1000 reads of 4 KiB" in why and "1.0 under way at a time (1 allowed), at 41 MB/s" in why
     assert "gives 40 MB/s with as many under way, and 400 MB/s with 128" in why
-    assert todo.startswith("What may help, and what it can save of a token at most: a larger cache (42.0 ms), more reads at a time (80.7 ms)")
+    assert todo.startswith(
+        "What may help, and what it can save of a token at most: a larger cache (42.0 ms), more reads at a time (80.7 ms)"
+    )
 
 
 def test_loaders_that_work_more_than_they_wait_are_named() -> None:
     assert "on a processor" not in texts()[1]
-    busy = texts(decoding={**profile()["decoding"], "loader_cpu_ms": 80.0})[1]
-    assert "spent 84 % of the time on a processor, 80 us a read" in busy
+    decoding = {**profile()["decoding"], "loader_cpu_ms": 80.0}
+    assert "spent 84 % of the time on a processor, 80 us a read" in texts(decoding=decoding)[1]
+    assert "in line" not in texts(decoding=decoding)[1]
+    assert "in line for a processor for another 30 us a read" in texts(decoding={**decoding, "loader_queue_wait_ms": 30.0})[1]
 
 
 def test_a_disk_at_its_limit_is_not_blamed_on_the_flags() -> None:
