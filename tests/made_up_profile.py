@@ -13,14 +13,17 @@ def profile(**changes: Any) -> dict[str, Any]:
     usual: dict[str, Any] = {
         "token": {"steps": 40, "io_wait_ms": 90.0, "memory_ms": 4.0, "compute_ms": 20.0, "total_ms": 114.0},
         "prompts": {"s": 1.0, "tokens": 9},
-        "layers": [{"hits": 100.0, "misses": 300.0, "prefetched": 0.0}] * 3,
+        "start_s": 4.2,
+        "run": {"tokens": 40, "tokens_per_s": 8.8},
+        "layers": [{"hits": 100.0, "misses": 300.0, "prefetched": 0.0, "hit_rate": 0.25}] * 3,
         "reads": {
             "depth": 1, "mean_under_way": 1.0, "busy_share": 0.7, "asked_share": 0.84, "bytes_per_s": 41e6, "mean_bytes": 4096.0,
             "bytes_per_step": 4 << 20, "per_step": 1000.0, "wait_reading_ms": 70.0, "wait_asked_ms": 88.0,
         },
         "device": {"read_curve": CURVE},
         "machine": {"processors": 2},
-        "model": {"d_ff": 1024, "num_layers": 3, "bundle_bytes": 4096},
+        "model": {"d_ff": 1024, "num_layers": 3, "bundle_bytes": 4096, "d_model": 1024, "dtype": "bfloat16"},
+        "predictor": "planted",
         "cache": {"share": 0.05},
         "working_set": [
             {"layer": layer, "tokens": tokens, "share": share, "missed": missed}
