@@ -134,7 +134,7 @@ def _larger_cache(profile: Profile, io: _Waiting) -> Iterator[Advice]:
             f"{percent_text(window['missed'])} of its neurons; now {percent_text(now)} are read"
         ),
         saves_ms=io.ms * (1 - window["missed"] / now),
-        first=tight_cache(profile),
+        first=tight_cache(profile) and io.ms > profile["token"]["compute_ms"],
     )
 
 
@@ -190,9 +190,9 @@ def _merged(missed: float, skipped: int, neuron_bytes: int, curve: DiskCurve, de
 
 
 def _more_loaders(profile: Profile, io: _Waiting) -> Iterator[Advice]:
-    """Where loaders are busy with themselves and a processor is free for another one."""
+    """Where loaders are busy with themselves and a processor is left for another one and the engine."""
     loaders, processors = profile["options"]["loaders"], profile["machine"]["processors"] or 1
-    if loader_busy(profile) > 0.5 and loaders < processors:
+    if loader_busy(profile) > 0.5 and loaders + 1 < processors:
         yield Advice(
             title="one more loader",
             text=f"--loaders {loaders + 1} shares the work of handling reads between {loaders + 1} processes",
@@ -226,12 +226,10 @@ def _computing(profile: Profile) -> Iterator[Advice]:
     share = profile["engine_queue_wait_share"]
     if share is not None and share >= 0.2:
         text = (
-            "when the engine's threads were ready to run, they waited for a processor for "
+            "when the engine's threads were ready to run, other programs, or threads and loaders of its own, had the processors for "
             f"{percent_text(share)} of the time, {ms_text(waited_ms)} a token over all threads"
         )
-        yield Advice(
-            title="a processor for inflash alone", text=text, saves_ms=min(waited_ms, compute_ms + profile["token"]["memory_ms"])
-        )
+        yield Advice(title="more free processors", text=text, saves_ms=min(waited_ms, compute_ms + profile["token"]["memory_ms"]))
     if profile["kernels"] != "native":
         text = "`inflash build-kernels` compiles them, once; they speed up computing"
         yield Advice(title="native kernels", text=text, saves_ms=compute_ms)
