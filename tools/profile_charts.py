@@ -143,6 +143,8 @@ def _sizes(profile: Profile) -> str:
 
 
 def _hit_rate(profile: Profile) -> str:
+    if profile["cache"]["share"] is None:
+        return ""
     rates = [(layer["layer"], layer["hit_rate"]) for layer in profile["layers"] if layer["hit_rate"] is not None]
     course, share = profile["course"], profile["cache"]["share"]
     steps = [
@@ -157,8 +159,7 @@ def _hit_rate(profile: Profile) -> str:
         "Hits: the share of a token's predicted neurons that were in the cache, or on their way to it. All layers together: "
         f"{percent_text(profile['run']['cache_hit_rate'])}."
     )
-    if share is not None:
-        text += f" The cache holds {percent_text(share)} of a layer's neurons."
+    text += f" The cache holds {percent_text(share)} of a layer's neurons."
     return section(
         "Hits of the neuron cache",
         text,
@@ -170,6 +171,8 @@ def _hit_rate(profile: Profile) -> str:
 
 def _working_set(profile: Profile) -> str:
     points, share, layers = profile["working_set"], profile["cache"]["share"], profile["layers"]
+    if share is None:
+        return ""
     by_layer = [
         Series(
             name=f"layer {layer}",
@@ -193,7 +196,7 @@ def _working_set(profile: Profile) -> str:
         )
     ]
     named = sum(layer["hits"] + layer["misses"] for layer in layers)
-    if share is not None and named:
+    if named:
         now = sum(layer["misses"] + layer["prefetched"] for layer in layers) / named
         missed.append(Series(name="this run", points=[(share * layer_mib, min(now, 1.0))], marks=True, style="run"))
     sizes = Axes(x_label="MiB of cache a layer", y_label="read for the next token", y_text=percent_text, top=1)
@@ -214,16 +217,19 @@ def _working_set_text(profile: Profile) -> str:
     measured, share = windows(profile), profile["cache"]["share"]
     text = (
         f"Left: how many of a layer's neurons the last k tokens used together, in the last {profile['working_set_steps']} steps. Right: "
-        "a cache that held just those, and the share of the next token's neurons that it would have missed."
+        "a cache that held just those, and the share of the next token's neurons that it would have missed. "
+        "The point of this run counts all of its steps, from an empty cache on."
     )
-    if not measured or share is None:
+    if not measured:
         return text
     fits = [window for window in measured if window["share"] <= share]
     held = _windows_text(fits[-1]["tokens"]) if fits else "less than one token uses"
+    text += f" This run's cache, {percent_text(share)} of a layer, has room for {held}."
     last = measured[-1]
+    if last in fits:
+        return text
     return text + (
-        f" This run's cache has room for {held}: {percent_text(share)} of a layer. Room for {_windows_text(last['tokens'])} would be "
-        f"{percent_text(last['share'])}, and {percent_text(last['missed'])} would be missed."
+        f" For {_windows_text(last['tokens'])} it would take {percent_text(last['share'])}, and {percent_text(last['missed'])} would be missed."
     )
 
 
@@ -248,7 +254,8 @@ def _predictor(profile: Profile) -> str:
         f"Of the neurons that were active, the share that the store's predictor would have predicted, in {recall['steps']} steps. "
         f"It predicts {recall['named_per_active']:.2f} neurons for each active one."
     )
-    return section(title, text, stacked_bars([Series(name="", points=points, style="predictor")], axes, "recall by layer"))
+    chart = stacked_bars([Series(name="", points=points, style="predictor")], axes, "recall by layer")
+    return section(title, text, chart, wide=True)
 
 
 PROFILE_SECTIONS: tuple[Callable[[Profile], str], ...] = (

@@ -74,6 +74,7 @@ def facts(profile: Profile) -> list[tuple[str, str]]:
     """What was run, by name: for somebody who has not seen the command."""
     model, options, reads = profile["model"], profile["options"], profile["reads"]
     gap = options["merge_gap"]
+    together = f"neurons up to {size_text(gap)} apart are read together" if gap else "only neurons side by side are read together"
     found = [
         (
             "model",
@@ -82,15 +83,7 @@ def facts(profile: Profile) -> list[tuple[str, str]]:
         ),
         ("cache", _cache(profile)),
         ("predictor", _predictor(profile)),
-        (
-            "reads",
-            f"{options['loaders']} loader{'s' if options['loaders'] > 1 else ''}, together up to {reads['depth']} reads under way; "
-            + (
-                f"neurons up to {size_text(gap)} apart are read together"
-                if gap
-                else "only neurons side by side are read together"
-            ),
-        ),
+        ("reads", f"loaders: {options['loaders']}; reads under way at a time: {reads['depth']} at most; {together}"),
         ("machine", f"{profile['machine']['processors']} processors; {profile['kernels']} kernels"),
     ]
     return found + _times(profile)

@@ -89,18 +89,22 @@ def _disk(profile: Profile) -> str:
 
 
 def _loaders(profile: Profile) -> str:
-    """Where loaders spend more of the wait on a processor, or in line for one, than the disk does on reading."""
+    """Where loaders spend more of the wait on a processor than the disk does on reading, or long in line for one."""
     decoding, reads = profile["decoding"], profile["reads"]["per_step"]
     busy, cpu_ms, waited_ms = loader_busy(profile), decoding["loader_cpu_ms"], decoding["loader_queue_wait_ms"] or 0.0
-    if not reads or not busy or busy * (1 + waited_ms / cpu_ms) <= 0.5:
+    if not reads or not busy:
         return ""
-    text = (
-        f"While they had something to read, loaders spent {percent_text(min(busy, 1.0))} of the time on a processor, "
-        f"{1e3 * cpu_ms / reads:.0f} us a read: to hand it to the kernel and take it back."
-    )
-    if waited_ms > 0.1 * cpu_ms:
-        text += f" They stood in line for a processor for another {1e3 * waited_ms / reads:.0f} us a read."
-    return text + " That takes more of the wait than the disk does; it is less for a read when many go together."
+    texts = []
+    if busy > 0.5:
+        texts.append(
+            f"While they had something to read, loaders spent {percent_text(min(busy, 1.0))} of the time on a processor, "
+            f"{1e3 * cpu_ms / reads:.0f} us a read: to hand it to the kernel and take it back. That takes more of the wait than the "
+            "disk does; it is less for a read when many go together."
+        )
+    if (in_line := busy * waited_ms / cpu_ms) > 0.2:
+        share = percent_text(min(in_line, 1.0))
+        texts.append(f"Loaders stood in line for a processor for {share} of the time that they had something to read.")
+    return " ".join(texts)
 
 
 def _memory_bound(profile: Profile) -> str:

@@ -14,7 +14,7 @@ def test_what_was_run_is_told_in_sizes_and_times() -> None:
     assert "3 layers, d_model 1024" in told["model"] and "1024 neurons a layer, 4 KiB each on disk" in told["model"]
     assert told["cache"] == "51 neurons a layer (5 %), 205 KiB a layer, 614 KiB in 3 layers"
     assert "planted (made with the model by `inflash synth`)" in told["predictor"] and "ahead" in told["predictor"]
-    assert "1 loader, together up to 1 reads under way; only neurons side by side" in told["reads"]
+    assert told["reads"] == "loaders: 1; reads under way at a time: 1 at most; only neurons side by side are read together"
     assert told["start"].startswith("4.2 s") and told["prompt"] == "9 tokens in 1.00 s"
     assert told["decoding"].startswith(
         "40 tokens in 40 steps, 4.6 s, 8.8 tokens a second. A text's first token comes out of its prompt"
@@ -24,7 +24,7 @@ def test_what_was_run_is_told_in_sizes_and_times() -> None:
 def test_what_a_run_did_not_have_is_told_as_well() -> None:
     options = {**profile()["options"], "ffn": "hybrid", "loaders": 2, "merge_gap": 8192}
     told = dict(facts(profile(cache={"share": None}, options=options, predictor=None, start_s=None, token={"steps": 0})))
-    assert told["cache"] == "none: --ffn hybrid" and told["predictor"].startswith("none") and "2 loaders" in told["reads"]
+    assert told["cache"] == "none: --ffn hybrid" and told["predictor"].startswith("none") and "loaders: 2" in told["reads"]
     assert "up to 8 KiB apart are read together" in told["reads"] and not {"start", "decoding"} & set(told)
     assert "trained-ahead guesses the next layer" in dict(facts(profile(prefetch="trained-ahead")))["predictor"]
 
