@@ -228,9 +228,8 @@ def _working_set_text(profile: Profile) -> str:
     last = measured[-1]
     if last in fits:
         return text
-    return text + (
-        f" For {_windows_text(last['tokens'])} it would take {percent_text(last['share'])}, and {percent_text(last['missed'])} would be missed."
-    )
+    needed, missed = percent_text(last["share"]), percent_text(last["missed"])
+    return text + f" For {_windows_text(last['tokens'])} it would take {needed}, and {missed} would be missed."
 
 
 def _windows_text(tokens: float) -> str:

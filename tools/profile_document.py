@@ -83,6 +83,12 @@ def profile_document(
         "predictor_recall": recall_figures(engine.records),
         "profiler_cpu_s": watch.own_cpu_s,
     }
+    _conclude(document, store, watch, span)
+    return document
+
+
+def _conclude(document: dict[str, Any], store: Store, watch: Watch, span: tuple[int, int] | None) -> None:
+    """Adds what follows from the figures: what decoding used, and what would make it faster."""
     document["decoding"] = _decoding(document, span, watch.origin_ns)
     document["engine_queue_wait_share"] = _queue_wait_share(document["decoding"]["processes"].get("engine"))
     document["traffic"] = traffic(store, document)
@@ -92,7 +98,6 @@ def profile_document(
         {"title": one.title, "text": advice_text(one, document["token"]["total_ms"]), "saves_ms": one.saves_ms} for one in found
     ]
     document["limits"] = limits(document, found)
-    return document
 
 
 def _model(store: Store) -> dict[str, Any]:

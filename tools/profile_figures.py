@@ -155,10 +155,8 @@ def read_figures(engine: np.ndarray, loaders: Sequence[WriterTrace], depth: int)
     in_flight_ns, busy_ns = _integral(times, under_way, steps), _integral(times, reading, steps)
     requests = _finished(loaders, REQUEST)
     num_bytes = sums_within(steps, requests, requests["value"].astype(np.float64)).sum()
-    num_reads = sum(
-        float(sums_within(steps, spans, spans["value"].astype(np.float64)).sum())
-        for spans in (_finished([trace], SUBMIT) for trace in loaders)
-    )
+    submits = _finished(loaders, SUBMIT)
+    num_reads = sums_within(steps, submits, submits["value"].astype(np.float64)).sum()
     sizes = _sizes(loaders)
     mean_bytes = _mean_read(sizes, num_bytes, num_reads)
     return {
