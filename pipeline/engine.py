@@ -146,7 +146,7 @@ class Engine:
     def _make_predictor(self) -> Predictor | None:
         if self.neurons.cached is None:
             return None
-        self.neurons.cached.observe(self.times)
+        self.neurons.observe(self.times)
         if self.plan.predictor == "none":
             return AllNeurons(self.config.d_ff)
         if self.plan.predictor == "exact":
@@ -312,7 +312,7 @@ class Engine:
           before: the same tokens' tile of the layer before.
           guess: also what the next layer will likely need (G), where that is read early.
         """
-        ahead = self._ahead if guess and self.neurons.is_cached(layer + 1) else None
+        ahead = self._ahead if guess and self.neurons.reads_early(layer + 1) else None
         if self._predictor is None or not self.neurons.is_cached(layer):
             return tile if ahead is None else replace(tile, guessed=ahead.predict(layer + 1, tile.ffn_in))
         read = before.ffn_in if self._predictor.ahead and before is not None else tile.ffn_in
@@ -367,6 +367,7 @@ class Engine:
         began, requested = time.perf_counter_ns(), self._pool.bytes_requested
         with self._whole(), self._trace.span(PROMPT, value=num_tokens):
             yield
+        trim()  # the activations of many tokens leave holes that steps do not fill
         elapsed = time.perf_counter_ns() - began
         self.times.prompt_ns += elapsed
         self.times.total_ns += elapsed
