@@ -14,7 +14,7 @@ def profile(**changes: Any) -> dict[str, Any]:
         "token": {"steps": 40, "io_wait_ms": 90.0, "memory_ms": 4.0, "compute_ms": 20.0, "total_ms": 114.0},
         "prompts": {"s": 1.0, "tokens": 9},
         "start_s": 4.2,
-        "run": {"tokens": 40, "tokens_per_s": 8.8},
+        "run": {"tokens": 40, "tokens_per_s": 8.8, "dense_share": 0.0},
         "layers": [{"hits": 100.0, "misses": 300.0, "prefetched": 0.0, "hit_rate": 0.25}] * 3,
         "reads": {
             "depth": 1, "mean_under_way": 1.0, "busy_share": 0.7, "asked_share": 0.84, "bytes_per_s": 41e6, "mean_bytes": 4096.0,

@@ -83,7 +83,11 @@ def facts(profile: Profile) -> list[tuple[str, str]]:
         ),
         ("cache", _cache(profile)),
         ("predictor", _predictor(profile)),
-        ("reads", f"loaders: {options['loaders']}; reads under way at a time: {reads['depth']} at most; {together}"),
+        (
+            "reads",
+            _in_order(profile)
+            + f"loaders: {options['loaders']}; reads under way at a time: {reads['depth']} at most; {together}",
+        ),
         ("machine", f"{profile['machine']['processors']} processors; {profile['kernels']} kernels"),
     ]
     return found + _times(profile)
@@ -100,6 +104,11 @@ def _cache(profile: Profile) -> str:
         f"{neurons:.0f} neurons a layer ({percent_text(share)}), {size_text(layer_bytes)} a layer, {size_text(layers * layer_bytes)} in "
         f"{layers} layers"
     )
+
+
+def _in_order(profile: Profile) -> str:
+    share = profile["run"]["dense_share"]
+    return f"in {percent_text(share)} of layers and steps all neurons in order, else missed ones; " if share else ""
 
 
 def _predictor(profile: Profile) -> str:

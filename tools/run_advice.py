@@ -111,10 +111,15 @@ def windows(profile: Profile) -> list[dict[str, float]]:
     return means
 
 
+def _by_slot(profile: Profile) -> bool:
+    """Whether missed neurons are picked, mostly, rather than whole layers read in order."""
+    return profile["options"]["ffn"] == "sparse" and profile["run"]["dense_share"] < 0.5
+
+
 def _larger_cache(profile: Profile, io: _Waiting) -> Iterator[Advice]:
     """The smallest measured window that saves half of what the largest does."""
     share, model = profile["cache"]["share"], profile["model"]
-    if profile["options"]["ffn"] != "sparse" or share is None or share >= 1:
+    if not _by_slot(profile) or share is None or share >= 1:
         return
     now = _fetched(profile) / _named(profile)
     larger = [window for window in windows(profile) if window["share"] > 1.1 * share and window["missed"] < now]
@@ -157,7 +162,7 @@ def _wider_gap(profile: Profile, io: _Waiting) -> Iterator[Advice]:
     """Fewer, larger reads with neurons between them that nobody needs, at the depth that the disk should be asked with anyway."""
     neuron, gap = profile["model"]["bundle_bytes"], profile["options"]["merge_gap"]
     missed = _fetched(profile) / (max(len(profile["layers"]), 1) * profile["model"]["d_ff"])
-    if profile["options"]["ffn"] != "sparse" or not io.curve.depths or not 0 < missed < 1:
+    if not _by_slot(profile) or not io.curve.depths or not 0 < missed < 1:
         return
     depth = max(io.better_depth or io.depth, 1.0)
     reads, seconds = _merged(missed, gap // neuron, neuron, io.curve, depth)

@@ -34,7 +34,7 @@ def test_the_cache_s_target_is_the_smallest_window_that_saves_half_of_the_most()
     assert "as many as 2 tokens use together" in found.text and "miss about 40 %" in found.text and "now 75 %" in found.text
     assert found.saves_ms == pytest.approx(90 * (1 - 0.4 / 0.75))
     assert "a larger --memory gives" in one("a larger cache", options={**profile()["options"], "memory": 2**30}).text
-    for changes in ({"cache": {"share": 1.0}}, {"cache": {"share": None}}, {"working_set": []}):
+    for changes in ({"cache": {"share": 1.0}}, {"cache": {"share": None}}, {"working_set": []}, {"run": {"dense_share": 0.9}}):
         assert "a larger cache" not in titles(**changes)
 
 
