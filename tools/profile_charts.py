@@ -143,9 +143,9 @@ def _sizes(profile: Profile) -> str:
 
 
 def _hit_rate(profile: Profile) -> str:
-    if profile["cache"]["share"] is None:
-        return ""
     rates = [(layer["layer"], layer["hit_rate"]) for layer in profile["layers"] if layer["hit_rate"] is not None]
+    if profile["cache"]["share"] is None or not rates:
+        return ""
     course, share = profile["course"], profile["cache"]["share"]
     steps = [
         (step, hits / (hits + misses))
@@ -171,7 +171,7 @@ def _hit_rate(profile: Profile) -> str:
 
 def _working_set(profile: Profile) -> str:
     points, share, layers = profile["working_set"], profile["cache"]["share"], profile["layers"]
-    if share is None:
+    if share is None or not points:
         return ""
     by_layer = [
         Series(

@@ -20,21 +20,22 @@ def limits(profile: Profile, found: list[Advice]) -> list[str]:
         ]
     largest = largest_part(token)
     because = {"io_wait": _io_bound, "memory": _memory_bound, "compute": _compute_bound}[largest](profile)
-    return [_where(token, largest), because, _to_be_faster(largest, found)]
+    return [_where(token, largest, profile["sequences"]), because, _to_be_faster(largest, found)]
 
 
 def largest_part(token: dict[str, float]) -> str:
     return max(("io_wait", "memory", "compute"), key=lambda name: token[f"{name}_ms"])
 
 
-def _where(token: dict[str, float], largest: str) -> str:
+def _where(token: dict[str, float], largest: str, sequences: float) -> str:
     what = {
         "io_wait": "the engine waited for neurons from the disk and had nothing to compute",
         "memory": "the engine looked neurons up, gave them slots and wrote requests",
         "compute": "the engine computed",
     }[largest]
     ms = token[f"{largest}_ms"]
-    return f"A token took {ms_text(token['total_ms'])}. For {ms_text(ms)} of it ({percent_text(ms / token['total_ms'])}) {what}."
+    who = "A token" if sequences < 1.05 else f"A step, which makes a token for each of {sequences:.3g} texts,"
+    return f"{who} took {ms_text(token['total_ms'])}. For {ms_text(ms)} of it ({percent_text(ms / token['total_ms'])}) {what}."
 
 
 def advice_text(one: Advice, total_ms: float) -> str:
@@ -49,7 +50,7 @@ def _to_be_faster(largest: str, found: list[Advice]) -> str:
         each = ", ".join(f"{one.title} ({ms_text(one.saves_ms)})" for one in found)
         return f"What may help, and what it can save of a token at most: {each}."
     if largest == "io_wait":
-        return "The disk gives no more for such reads: a faster disk, more memory, or a predictor that names fewer neurons would help."
+        return "No flag would save much: a faster disk, more memory, or a predictor that names fewer neurons would help."
     return "No flag would save much: a predictor that names fewer neurons, or a smaller model, would help."
 
 
@@ -63,6 +64,8 @@ def _cache(profile: Profile) -> str:
         return ""
     named, missed = (sum(layer[key] for layer in layers) / len(layers) for key in ("hits", "misses"))
     named += missed
+    if not named:
+        return ""  # layers were read in order
     text = (
         f"The cache holds {share * profile['model']['d_ff']:.0f} neurons of a layer; a token uses {named:.0f} there and misses "
         f"{missed:.0f} of them."

@@ -26,6 +26,7 @@ def test_what_a_run_did_not_have_is_told_as_well() -> None:
     told = dict(facts(profile(cache={"share": None}, options=options, predictor=None, start_s=None, token={"steps": 0})))
     assert told["cache"] == "none: --ffn hybrid" and told["predictor"].startswith("none") and "loaders: 2" in told["reads"]
     assert "up to 8 KiB apart are read together" in told["reads"] and not {"start", "decoding"} & set(told)
+    assert "4 texts were decoded together" in dict(facts(profile(sequences=4.0)))["decoding"]
     many = {**profile()["run"], "dense_share": 0.7}
     assert dict(facts(profile(run=many)))["reads"].startswith(
         "in 70 % of layers and steps all neurons in order, else missed ones; loaders"

@@ -40,7 +40,7 @@ def test_a_disk_at_its_limit_is_not_blamed_on_the_flags() -> None:
     reads = {**profile()["reads"], "depth": 128, "mean_under_way": 90.0, "mean_bytes": 65536.0}
     model, layers = {**profile()["model"], "bundle_bytes": 65536}, [{"hits": 100.0, "misses": 20.0, "prefetched": 0.0}] * 3
     _, why, todo = texts(reads=reads, cache={"share": 1.0}, sequences=8.0, model=model, layers=layers)
-    assert todo.startswith("The disk gives no more for such reads") and "hardly" not in why
+    assert todo.startswith("No flag would save much: a faster disk") and "hardly" not in why
 
 
 def test_without_a_curve_nothing_is_said_of_the_disk() -> None:
@@ -58,6 +58,14 @@ def test_a_run_that_looks_neurons_up() -> None:
     token = {"steps": 40, "io_wait_ms": 5.0, "memory_ms": 30.0, "compute_ms": 20.0, "total_ms": 55.0}
     where, why, _ = texts(token=token)
     assert "looked neurons up" in where and "1200 predicted neurons a token in 3 layers, 10000 us a layer" in why
+
+
+def test_several_texts_share_a_step_and_layers_in_order_name_nothing() -> None:
+    layers = [{"hits": 0.0, "misses": 0.0, "prefetched": 0.0, "hit_rate": None}] * 3
+    where, why, _ = texts(sequences=4.0, layers=layers, run={"dense_share": 1.0})
+    assert where.startswith("A step, which makes a token for each of 4 texts, took 114 ms") and why.startswith(
+        "The loaders fetched"
+    )
 
 
 def test_a_run_without_a_token() -> None:
