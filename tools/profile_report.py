@@ -128,11 +128,12 @@ def _times(profile: Profile) -> list[tuple[str, str]]:
     found.append(("prompt", f"{prompts['tokens']} tokens in {prompts['s']:.2f} s"))
     if token["steps"]:
         text = (
-            f"{run['tokens']} tokens in {token['steps']} steps, {profile['decoding']['s']:.1f} s, {run['tokens_per_s']:.1f} tokens a second. "
-            "A text's first token comes out of its prompt and is not counted here. Everything below is of this time, unless it says otherwise"
+            f"{run['tokens']} tokens in {token['steps']} steps, {profile['decoding']['s']:.1f} s, {run['tokens_per_s']:.1f} tokens a "
+            "second. A text's first token comes out of its prompt and is not counted here. Everything below is of this time, unless it "
+            "says otherwise"
         )
-        if profile["sequences"] >= 1.05:
-            text += f". {profile['sequences']:.3g} texts were decoded together: what is said of a token is of a step, a token for each of them"
+        if (texts := profile["sequences"]) >= 1.05:
+            text += f". {texts:.3g} texts were decoded together: what is said of a token is of a step, a token for each of them"
         found.append(("decoding", text))
     return found
 
