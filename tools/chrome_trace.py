@@ -114,7 +114,8 @@ class _Track:
             yield _counter(self._pid, "prefetched", self._us(begin), {"neurons": value})
         elif kind in (SUBMIT, READ):
             self._under_way = max(0, self._under_way + (value if kind == SUBMIT else -value))
-            yield _counter(self._pid, "reads under way", self._us(end), {"reads": self._under_way})
+            at = begin if kind == SUBMIT else end
+            yield _counter(self._pid, "reads under way", self._us(at), {"reads": self._under_way})
 
     def _us(self, at_ns: int) -> float:
         return (at_ns - self._origin) / 1000

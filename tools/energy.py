@@ -1,8 +1,11 @@
 """Energy of a run: from the processor's own meters where Linux lets them be read, else an estimate that says it is one."""
 
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 POWERCAP = Path("/sys/class/powercap")
 
@@ -30,6 +33,7 @@ class PowerMeter:
 
     def __init__(self, folder: Path = POWERCAP) -> None:
         self._zones: list[_Zone] = []
+        self._seen: list[tuple[int, dict[str, float]]] = []
         for zone in sorted(folder.glob("*:*")) if folder.is_dir() else ():
             try:
                 name = (zone / "name").read_text().strip()
@@ -39,21 +43,33 @@ class PowerMeter:
             except (OSError, ValueError):  # only root may read it on most systems
                 continue
 
+        self._keep()
+
     def update(self) -> None:
+        """Reads the meters and keeps what they say."""
         for zone in self._zones:
             now = int(zone.file.read_text())
             zone.total_uj += (now - zone.last_uj) % (zone.range_uj + 1)
             zone.last_uj = now
+        self._keep()
 
-    def joules(self) -> dict[str, float] | None:
-        """By "package" and "dram", the whole machine's since the meter was made; None: nothing can be read here."""
-        if not self._zones:
-            return None
+    def _keep(self) -> None:
         total: dict[str, float] = {}
         for zone in self._zones:
-            name = "dram" if zone.name == "dram" else "package"
+            name = "DRAM" if zone.name == "dram" else "package"
             total[name] = total.get(name, 0.0) + zone.total_uj / 1e6
-        return total
+        self._seen.append((time.perf_counter_ns(), total))
+
+    def joules(self, begin_ns: int, end_ns: int) -> dict[str, float] | None:
+        """By "package" and "DRAM", the whole machine's between two moments; None: nothing can be read here."""
+        if not self._zones:
+            return None
+        times = [at for at, _ in self._seen]
+        found = {}
+        for name in self._seen[0][1]:
+            totals = [total[name] for _, total in self._seen]
+            found[name] = float(np.interp(end_ns, times, totals) - np.interp(begin_ns, times, totals))
+        return found
 
 
 def estimate(*, flash_bytes: float, dram_bytes: float, operations: float) -> dict[str, Any]:
@@ -65,7 +81,7 @@ def estimate(*, flash_bytes: float, dram_bytes: float, operations: float) -> dic
     """
     parts = {
         "flash": flash_bytes * FLASH_J_PER_BYTE,
-        "dram": dram_bytes * DRAM_J_PER_BYTE,
+        "DRAM": dram_bytes * DRAM_J_PER_BYTE,
         "arithmetic": operations * J_PER_OPERATION,
     }
     return {"estimated": True, "joules": parts, "total_joules": sum(parts.values()), "constants": SOURCES}

@@ -12,7 +12,7 @@ from ..pipeline.live import about_run
 from ..pipeline.options import EngineOptions
 from ..pipeline.plan import plan_from_options
 from ..pipeline.step_times import StepTimes
-from ..pipeline.trace import REQUEST, STEP
+from ..pipeline.trace import PROMPT, REQUEST, STEP
 from ..pipeline.trace_area import WriterTrace
 from ..storage.layout import bundles_path
 from ..storage.predictor_layout import predictor_bytes
@@ -20,24 +20,26 @@ from ..storage.read_rate import read_rate
 from ..storage.shard_index import open_raw_array
 from ..storage.store import Store
 from .chrome_trace import write_trace
+from .decoding_usage import decoding_usage
 from .energy import estimate
-from .profile_figures import engine_figures, read_figures, recall_figures, working_set
+from .profile_figures import decoding_span_ns, engine_figures, read_figures, recall_figures, working_set
 from .profile_report import write_report
 from .profiler import Watch, exit_code
-from .run_diagnosis import limits
+from .run_advice import advice
+from .run_diagnosis import advice_text, limits
 
 _CURVE_SIZES, _CURVE_DEPTHS, _CURVE_S = (4096, 16384, 65536, 262144), (1, 16, 128), 0.08  # and a bundle's own size
 
 
 def write_outputs(folder: Path, store: Store, watch: Watch, words: list[str], device: dict[str, Any] | None) -> list[str]:
-    """Writes `trace.json`, `profile.json` and `report.html` into `folder`; returns the sentences about what limits the run."""
+    """Writes `trace.json`, `profile.json` and `report.html` into `folder`; returns what limits the run and what would help."""
     traces = [watch.area.read(number) for number in watch.area.process_ids()]
     document = profile_document(store, watch, traces, words, device or measure_device(store))
     notes = {"command": document["command"], "ended": document["ended"], "lost_records": document["lost_records"]}
     write_trace(folder / "trace.json", traces, document["processes"], watch.origin_ns, notes)
     (folder / "profile.json").write_text(json.dumps(document, indent=1), encoding="utf-8")
     write_report(folder / "report.html", document)
-    return document["limits"]
+    return [*document["limits"], *(one["text"] for one in document["advice"])]
 
 
 def _about_nothing(store: Store) -> dict[str, Any]:
@@ -53,7 +55,7 @@ def profile_document(
     engine, loaders = traces[0], traces[1:]
     about = watch.about or _about_nothing(store)
     times = watch.counters.times if watch.counters else StepTimes()
-    steps = engine.records[engine.records["kind"] == STEP]
+    steps, span = engine.records[engine.records["kind"] == STEP], decoding_span_ns(engine.records)
     layers, named = watch.area.named_neurons()
     sampled = watch.sampler.document(watch.origin_ns)
     document: dict[str, Any] = {
@@ -70,7 +72,9 @@ def profile_document(
         "run": times.summary(),
         "sequences": float(steps["value"].mean()) if len(steps) else 0.0,
         "cache": {"share": about["cache_share"]},
+        "look_ahead": sorted(name for name, info in store.predictors.items() if info.ahead),
         **engine_figures(engine.records),
+        "start_s": _start_s(engine, watch.origin_ns),
         "reads": read_figures(engine.records, loaders, about["queue_depth"] * len(loaders)),
         "device": device,
         "working_set": working_set(watch.area.sampled, named),
@@ -79,11 +83,21 @@ def profile_document(
         "predictor_recall": recall_figures(engine.records),
         "profiler_cpu_s": watch.own_cpu_s,
     }
-    document["engine_queue_wait_share"] = _queue_wait_share(document["processes"].get("engine"))
-    document["traffic"] = traffic(store, document)
-    document["energy"] = _energy(watch, document)
-    document["limits"] = limits(document)
+    _conclude(document, store, watch, span)
     return document
+
+
+def _conclude(document: dict[str, Any], store: Store, watch: Watch, span: tuple[int, int] | None) -> None:
+    """Adds what follows from the figures: what decoding used, and what would make it faster."""
+    document["decoding"] = _decoding(document, span, watch.origin_ns)
+    document["engine_queue_wait_share"] = _queue_wait_share(document["decoding"]["processes"].get("engine"))
+    document["traffic"] = traffic(store, document)
+    document["energy"] = _energy(watch, document, span)
+    found = advice(document) if document["token"]["steps"] else []
+    document["advice"] = [
+        {"title": one.title, "text": advice_text(one, document["token"]["total_ms"]), "saves_ms": one.saves_ms} for one in found
+    ]
+    document["limits"] = limits(document, found)
 
 
 def _model(store: Store) -> dict[str, Any]:
@@ -101,19 +115,39 @@ def _ending(code: int, loaders: list[WriterTrace]) -> str:
     return f"{what}; in the middle of a read: {', '.join(unfinished)}" if code and unfinished else what
 
 
-def _queue_wait_share(engine: dict[str, Any] | None) -> float | None:
-    """Of the time that the engine's threads were ready to run, how much they stood in line for a processor."""
-    if engine is None:
+def _start_s(engine: WriterTrace, origin_ns: int) -> float | None:
+    """From the command until the first prompt was begun; None: none was, or the spans of that time are lost."""
+    prompts = engine.records[engine.records["kind"] == PROMPT]
+    return None if engine.lost or not len(prompts) else (int(prompts["begin_ns"][0]) - origin_ns) / 1e9
+
+
+def _decoding(document: dict[str, Any], span: tuple[int, int] | None, origin_ns: int) -> dict[str, Any]:
+    """What processes used from the first decoding step to the last: by process, and the sums that advice needs, in ms a step."""
+    begin_s, end_s = ((at - origin_ns) / 1e9 for at in span or (origin_ns, origin_ns))
+    used = {name: decoding_usage(process["samples"], begin_s, end_s) for name, process in document["processes"].items()}
+    steps = max(document["token"]["steps"], 1)
+    loaders = [process for name, process in used.items() if name != "engine"]
+
+    def ms(processes: list[dict[str, float | None]], *totals: str) -> float | None:
+        amounts = [process[total] for process in processes for total in totals]
+        known = [amount for amount in amounts if amount is not None]
+        return 1e3 * sum(known) / steps if known else None
+
+    return {
+        "begin_s": begin_s if span else None,
+        "s": end_s - begin_s,
+        "loader_cpu_ms": ms(loaders, "user_s", "system_s"),
+        "loader_queue_wait_ms": ms(loaders, "queue_wait_s"),
+        "engine_queue_wait_ms": ms([used["engine"]], "queue_wait_s") if "engine" in used else None,
+        "processes": used,
+    }
+
+
+def _queue_wait_share(engine: dict[str, float | None] | None) -> float | None:
+    """Of the time that the engine's threads were ready to run while decoding, how much they stood in line for a processor."""
+    if engine is None or engine["queue_wait_s"] is None or engine["user_s"] is None or engine["system_s"] is None:
         return None
-    samples = engine["samples"]
-    waits = [
-        (wait, user + system)
-        for wait, user, system in zip(*(samples[k] for k in ("queue_wait_s", "user_s", "system_s")), strict=True)
-    ]
-    known = [(wait, cpu) for wait, cpu in waits if wait is not None]
-    if len(known) < 2:
-        return None
-    waited, ran = known[-1][0] - known[0][0], known[-1][1] - known[0][1]
+    waited, ran = engine["queue_wait_s"], engine["user_s"] + engine["system_s"]
     return waited / (waited + ran) if waited + ran > 0 else None
 
 
@@ -136,25 +170,19 @@ def traffic(store: Store, document: dict[str, Any]) -> dict[str, float]:
     }
 
 
-def _energy(watch: Watch, document: dict[str, Any]) -> dict[str, Any]:
-    joules = watch.meter.joules()
-    tokens = max(document["run"]["tokens"], 1)
+def _energy(watch: Watch, document: dict[str, Any], span: tuple[int, int] | None) -> dict[str, Any]:
+    """Of decoding, by the machine's meters where they can be read."""
+    joules = watch.meter.joules(*span) if span else None
     if joules is not None:
-        total = sum(joules.values())
-        return {
-            "estimated": False,
-            "joules": joules,
-            "total_joules": total,
-            "joules_per_token": total / tokens,
-            "constants": None,
-        }
-    steps, moved = document["token"]["steps"], document["traffic"]
-    found = estimate(
-        flash_bytes=steps * document["reads"]["bytes_per_step"],
-        dram_bytes=steps * moved["dram_bytes_per_step"],
-        operations=steps * moved["operations_per_step"],
-    )
-    return {**found, "joules_per_token": found["total_joules"] / tokens}
+        found: dict[str, Any] = {"estimated": False, "joules": joules, "total_joules": sum(joules.values()), "constants": None}
+    else:
+        steps, moved = document["token"]["steps"], document["traffic"]
+        found = estimate(
+            flash_bytes=steps * document["reads"]["per_step"] * document["reads"]["mean_bytes"],
+            dram_bytes=steps * moved["dram_bytes_per_step"],
+            operations=steps * moved["operations_per_step"],
+        )
+    return {**found, "joules_per_token": found["total_joules"] / max(document["run"]["tokens"], 1)}
 
 
 def measure_device(store: Store) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..pipeline.trace import HEAD, LAYER, LOOK_UP, PREFETCH, PROMPT, READ, RECALL, REQUEST, SAMPLING, STEP, SUBMIT, WAIT
-from ..pipeline.trace_area import WriterTrace
+from ..pipeline.trace_area import RECORD, WriterTrace
 
 _MOST_POINTS = 512  # of the course
 
@@ -65,15 +65,27 @@ class _Parts:
 def sums_within(outer: np.ndarray, inner: np.ndarray, amounts: np.ndarray) -> np.ndarray:
     """For each of the outer spans, which do not overlap and ascend, the sum of the amounts of the inner ones that begin in it."""
     totals = np.zeros(len(outer))
-    if len(outer):
-        places = np.searchsorted(outer["begin_ns"], inner["begin_ns"], side="right") - 1
-        inside = (places >= 0) & (inner["begin_ns"] < outer["end_ns"][np.maximum(places, 0)])
-        np.add.at(totals, places[inside], amounts[inside])
+    places, inside = _begins_within(outer, inner)
+    np.add.at(totals, places[inside], amounts[inside])
     return totals
+
+
+def _begins_within(outer: np.ndarray, inner: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """For each inner span the last outer one that began before it, and whether it begins in that one."""
+    places = np.searchsorted(outer["begin_ns"], inner["begin_ns"], side="right") - 1
+    if not len(outer):
+        return places, np.zeros(len(inner), bool)
+    return places, (places >= 0) & (inner["begin_ns"] < outer["end_ns"][np.maximum(places, 0)])
 
 
 def _lengths(spans: np.ndarray) -> np.ndarray:
     return (spans["end_ns"] - spans["begin_ns"]).astype(np.float64)
+
+
+def decoding_span_ns(records: np.ndarray) -> tuple[int, int] | None:
+    """From the first decoding step's beginning to the last one's end; None: there was none."""
+    steps = records[(records["kind"] == STEP) & (records["end_ns"] > 0)]
+    return (int(steps["begin_ns"][0]), int(steps["end_ns"].max())) if len(steps) else None
 
 
 def _layers(spans: dict[int, np.ndarray], parts: _Parts) -> list[dict[str, Any]]:
@@ -135,41 +147,73 @@ def read_figures(engine: np.ndarray, loaders: Sequence[WriterTrace], depth: int)
     # Steps whose reads newer ones have replaced in the ring would look as if nothing had been read.
     known_since = max((int(trace.records["begin_ns"][0]) for trace in loaders if trace.lost), default=0)
     steps = steps[steps["begin_ns"] >= known_since]
-    step_ns = float(_lengths(steps).sum())
+    step_ns, count = float(_lengths(steps).sum()), max(len(steps), 1)
+    waits = engine[(engine["kind"] == WAIT) & (engine["end_ns"] > 0)]
+    waits = waits[_begins_within(steps, waits)[1]]
     times, under_way = _under_way(loaders)
-    in_flight_ns, busy_ns = _integral(times, under_way, steps), _integral(times, (under_way > 0).astype(np.int64), steps)
-    requests = np.concatenate([trace.records[trace.records["kind"] == REQUEST] for trace in loaders]) if loaders else engine[:0]
-    requests = requests[requests["end_ns"] > 0]
+    reading, asked = (under_way > 0).astype(np.int64), _open_requests(loaders)
+    in_flight_ns, busy_ns = _integral(times, under_way, steps), _integral(times, reading, steps)
+    requests = _finished(loaders, REQUEST)
     num_bytes = sums_within(steps, requests, requests["value"].astype(np.float64)).sum()
-    submits = [trace.records[trace.records["kind"] == SUBMIT] for trace in loaders]
-    num_reads = sum(float(sums_within(steps, spans, spans["value"].astype(np.float64)).sum()) for spans in submits)
-    count = max(len(steps), 1)
+    submits = _finished(loaders, SUBMIT)
+    num_reads = sums_within(steps, submits, submits["value"].astype(np.float64)).sum()
+    sizes = _sizes(loaders)
+    mean_bytes = _mean_read(sizes, num_bytes, num_reads)
     return {
         "per_step": num_reads / count,
         "bytes_per_step": num_bytes / count,
-        "mean_bytes": num_bytes / num_reads if num_reads else 0.0,
+        "mean_bytes": mean_bytes,
         "depth": depth,
         "mean_under_way": in_flight_ns / busy_ns if busy_ns else 0.0,
         "busy_share": busy_ns / step_ns if step_ns else 0.0,
-        "bytes_per_s": num_bytes / (busy_ns / 1e9) if busy_ns else 0.0,
+        "bytes_per_s": mean_bytes * num_reads / (busy_ns / 1e9) if busy_ns else 0.0,
         "request_ms": float(np.median(_lengths(requests))) / 1e6 if len(requests) else 0.0,
-        "sizes": _sizes(loaders),
+        "asked_share": _integral(*asked, steps) / step_ns if step_ns else 0.0,
+        "wait_reading_ms": _integral(times, reading, waits) / 1e6 / count,
+        "wait_asked_ms": _integral(*asked, waits) / 1e6 / count,
+        "sizes": sizes,
     }
 
 
+def _finished(loaders: Sequence[WriterTrace], kind: int) -> np.ndarray:
+    """Of all loaders, the spans of a kind that have ended."""
+    records = np.concatenate([trace.records for trace in loaders]) if loaders else np.empty(0, RECORD)
+    return records[(records["kind"] == kind) & (records["end_ns"] > 0)]
+
+
+def _mean_read(sizes: Sequence[dict[str, int]], num_bytes: float, num_reads: float) -> float:
+    """Bytes of a read while decoding. Picked neurons are read then and only then, with the gaps between them."""
+    reads, picked = (sum(size[name] for size in sizes) for name in ("picked", "picked_bytes"))
+    return max(num_bytes / num_reads, picked / reads if reads else 0.0) if num_reads else 0.0
+
+
 def _under_way(loaders: Sequence[WriterTrace]) -> tuple[np.ndarray, np.ndarray]:
-    """When the number of reads under way changed [n] int64, and to what [n]."""
+    """When the number of reads under way changed [n] int64, and to what [n].
+
+    A read counts from the call that hands it to the kernel, in which it begins, as it does in the disk's curve.
+    """
     times, changes = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
     for trace in loaders:
         records = trace.records[np.isin(trace.records["kind"], (SUBMIT, READ)) & (trace.records["end_ns"] > 0)]
-        signs = np.where(records["kind"] == SUBMIT, 1, -1)
-        times.append(records["end_ns"])
-        levels = np.cumsum(signs * records["value"])
+        begins = records["kind"] == SUBMIT
+        times.append(np.where(begins, records["begin_ns"], records["end_ns"]))
+        levels = np.cumsum(np.where(begins, 1, -1) * records["value"])
         # Where the oldest records are lost the count begins too low.
         changes.append(np.diff(levels - min(int(levels.min(initial=0)), 0), prepend=0))
-    at, change = np.concatenate(times), np.concatenate(changes)
-    order = np.argsort(at, kind="stable")
-    return at[order], np.cumsum(change[order])
+    return _levels(np.concatenate(times), np.concatenate(changes))
+
+
+def _open_requests(loaders: Sequence[WriterTrace]) -> tuple[np.ndarray, np.ndarray]:
+    """When it changed whether any loader had a request to serve [n] int64, and to 0 or 1 [n]."""
+    requests = _finished(loaders, REQUEST)
+    ones = np.ones(len(requests), np.int64)
+    times, levels = _levels(np.concatenate((requests["begin_ns"], requests["end_ns"])), np.concatenate((ones, -ones)))
+    return times, (levels > 0).astype(np.int64)
+
+
+def _levels(times: np.ndarray, changes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    order = np.argsort(times, kind="stable")
+    return times[order], np.cumsum(changes[order])
 
 
 def _integral(times: np.ndarray, levels: np.ndarray, spans: np.ndarray) -> float:
@@ -223,12 +267,17 @@ def working_set(layers: Sequence[int], named: np.ndarray) -> list[dict[str, Any]
       named: [S, L, F] bool.
 
     Returns:
-      For each layer and k the mean share of F. Reference: arXiv:2312.11514, 3.1 (aggregated neuron use).
+      For each layer and k the mean share of F, and "missed": of the neurons that the token after those k named, the share that they
+      had not; None for a window that no token came after. Reference: arXiv:2312.11514, 3.1 (aggregated neuron use).
     """
     found, tokens, union = [], 1, named
     while tokens <= len(named):
-        shares = union.mean(axis=(0, 2))
-        found += [{"layer": layer, "tokens": tokens, "share": float(share)} for layer, share in zip(layers, shares, strict=True)]
+        shares, following = union.mean(axis=(0, 2)), named[tokens:]
+        new = (following & ~union[: len(following)]).sum(axis=(0, 2)) / np.maximum(following.sum(axis=(0, 2)), 1)
+        found += [
+            {"layer": layer, "tokens": tokens, "share": float(share), "missed": float(missed) if len(following) else None}
+            for layer, share, missed in zip(layers, shares, new, strict=True)
+        ]
         union = union[tokens:] | union[:-tokens]
         tokens *= 2
     return found

@@ -12,6 +12,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -53,7 +54,7 @@ def run(arguments: argparse.Namespace) -> int:
         watch.area.close()
     print(f"\n{arguments.output / 'report.html'}: what this run was limited by", file=sys.stderr)
     for sentence in sentences:
-        print(f"  {sentence}", file=sys.stderr)
+        print(textwrap.indent(sentence, "  "), file=sys.stderr)
     return exit_code(code)
 
 

@@ -1,14 +1,16 @@
-"""Three sentences of what limits a run, computed from its figures: where the time goes, why, and what would help."""
+"""What limits a run, computed from its figures: where the time goes, why, and what would help."""
 
-from collections.abc import Sequence
 from typing import Any
 
-_BUSY = 0.5  # of the wait reads are under way: then the disk, or how it is asked, decides
-_SHALLOW = 0.6  # of the best rate at this size: deeper would be faster
+from .amounts import ms_text, percent_text, rate_text, size_text
+from .disk_curve import DiskCurve
+from .run_advice import Advice, loader_busy, tight_cache
+
+Profile = dict[str, Any]
 
 
-def limits(profile: dict[str, Any]) -> list[str]:
-    """The sentences, for the report and the terminal."""
+def limits(profile: Profile, found: list[Advice]) -> list[str]:
+    """Three texts, for the report and the terminal; the second may have several lines, the third says what `advice` has found."""
     token = profile["token"]
     if not token["steps"]:
         return [
@@ -16,138 +18,109 @@ def limits(profile: dict[str, Any]) -> list[str]:
             f"Prompts took {profile['prompts']['s']:.2f} s for {profile['prompts']['tokens']} tokens.",
             "Generate a few dozen tokens (--max-tokens 64) to profile decoding.",
         ]
-    parts = {name: token[f"{name}_ms"] for name in ("io_wait", "memory", "compute")}
-    largest = max(parts, key=lambda name: parts[name])
-    because, advice = {"io_wait": _io_bound, "memory": _memory_bound, "compute": _compute_bound}[largest](profile)
-    return [_where(token, largest, parts[largest]), because, advice]
+    largest = largest_part(token)
+    because = {"io_wait": _io_bound, "memory": _memory_bound, "compute": _compute_bound}[largest](profile)
+    return [_where(token, largest, profile["sequences"]), because, _to_be_faster(largest, found)]
 
 
-def _where(token: dict[str, float], largest: str, ms: float) -> str:
-    share = 100 * ms / max(token["total_ms"], 1e-9)
+def largest_part(token: dict[str, float]) -> str:
+    return max(("io_wait", "memory", "compute"), key=lambda name: token[f"{name}_ms"])
+
+
+def _where(token: dict[str, float], largest: str, sequences: float) -> str:
     what = {
         "io_wait": "the engine waited for neurons from the disk and had nothing to compute",
         "memory": "the engine looked neurons up, gave them slots and wrote requests",
         "compute": "the engine computed",
     }[largest]
-    return f"A token took {token['total_ms']:.1f} ms, and for {ms:.1f} ms of it ({share:.0f} %) {what}."
+    ms = token[f"{largest}_ms"]
+    who = "A token" if sequences < 1.05 else f"A step, which makes a token for each of {sequences:.3g} texts,"
+    return f"{who} took {ms_text(token['total_ms'])}. For {ms_text(ms)} of it ({percent_text(ms / token['total_ms'])}) {what}."
 
 
-def _io_bound(profile: dict[str, Any]) -> tuple[str, str]:
-    reads = profile["reads"]
-    now = (
-        f"The loaders had reads under way {100 * reads['busy_share']:.0f} % of the time, {reads['mean_under_way']:.1f} at once of "
-        f"{reads['depth']} allowed, of {size_text(reads['mean_bytes'])} each, and got {rate_text(reads['bytes_per_s'])} for the "
-        f"{size_text(reads['bytes_per_step'])} that a token missed"
-    )
-    curve = profile["device"]["read_curve"]
-    remedies = [*_deeper(reads, curve), *_larger(reads, curve), *_more_cache(profile)]
-    deepest = best_rate(curve, reads["mean_bytes"])
-    if deepest:
-        rate, point = deepest
-        now += f"; this disk gives {rate_text(rate)} at {size_text(point['size'])} with {point['depth']} under way"
-    return now + "." + _between_reads(profile), _join(remedies, profile)
+def advice_text(one: Advice, total_ms: float) -> str:
+    """The whole of it, for a list."""
+    title = one.title[:1].upper() + one.title[1:]
+    why = " It comes first because the cache hardly holds more than one token needs." if one.first else ""
+    return f"{title}: {one.text}. Saves at most {ms_text(one.saves_ms)} of {ms_text(total_ms)}.{why}"
 
 
-def _between_reads(profile: dict[str, Any]) -> str:
-    """Where the engine waited much longer than the disk read: what loaders did meanwhile."""
-    waited, read = profile["token"]["io_wait_ms"] / max(profile["token"]["total_ms"], 1e-9), profile["reads"]["busy_share"]
-    if read > _BUSY * waited:
+def _to_be_faster(largest: str, found: list[Advice]) -> str:
+    if found:
+        each = ", ".join(f"{one.title} ({ms_text(one.saves_ms)})" for one in found)
+        return f"What may help, and what it can save of a token at most: {each}."
+    if largest == "io_wait":
+        return "No flag would save much: a faster disk, more memory, or a predictor that names fewer neurons would help."
+    return "No flag would save much: a predictor that names fewer neurons, or a smaller model, would help."
+
+
+def _io_bound(profile: Profile) -> str:
+    return "\n".join(filter(None, (_cache(profile), _reads(profile), _disk(profile), _loaders(profile))))
+
+
+def _cache(profile: Profile) -> str:
+    share, layers = profile["cache"]["share"], profile["layers"]
+    if share is None or not layers:
         return ""
+    named, missed = (sum(layer[key] for layer in layers) / len(layers) for key in ("hits", "misses"))
+    named += missed
+    if not named:
+        return ""  # layers were read in order
+    text = (
+        f"The cache holds {share * profile['model']['d_ff']:.0f} neurons of a layer; a token uses {named:.0f} there and misses "
+        f"{missed:.0f} of them."
+    )
+    return text + (" So it hardly holds more than one token needs." if tight_cache(profile) else "")
+
+
+def _reads(profile: Profile) -> str:
+    reads = profile["reads"]
     return (
-        f" So for most of the {100 * waited:.0f} % that the engine waited no read was under way: loaders were handing reads in and taking "
-        "them back, which costs processor time each time, and less for a read the more of them go together."
+        f"The loaders fetched {size_text(reads['bytes_per_step'])} a token in {reads['per_step']:.0f} reads of "
+        f"{size_text(reads['mean_bytes'])} on average, {reads['mean_under_way']:.1f} under way at a time ({reads['depth']} allowed), "
+        f"at {rate_text(reads['bytes_per_s'])}."
     )
 
 
-def _deeper(reads: dict[str, Any], curve: Sequence[dict[str, Any]]) -> list[str]:
-    best = best_rate(curve, reads["mean_bytes"])
-    if best is None:
-        return ["raise --queue-depth"] if reads["depth"] < 32 else []
-    rate, point = best
-    if reads["bytes_per_s"] < _SHALLOW * rate and reads["depth"] < point["depth"]:
-        times = rate / max(reads["bytes_per_s"], 1)
-        return [f"raise --queue-depth from {reads['depth']} to {point['depth']} (up to {times:.1f} times the rate)"]
-    return []
+def _disk(profile: Profile) -> str:
+    curve, size = DiskCurve(profile["device"]["read_curve"]), profile["reads"]["mean_bytes"]
+    if not curve.depths or not size:
+        return ""
+    depth, best = max(profile["reads"]["mean_under_way"], 1.0), curve.best_depth(size)
+    text = f"For reads of this size, this disk gives {rate_text(curve.rate(size, depth))} with as many under way"
+    return text + (f", and {rate_text(curve.rate(size, best))} with {best}." if best > depth else ".")
 
 
-def _larger(reads: dict[str, Any], curve: Sequence[dict[str, Any]]) -> list[str]:
-    """Merging pays where the disk gives a multiple for larger reads."""
-    small, large = best_rate(curve, reads["mean_bytes"]), best_rate(curve, 8 * reads["mean_bytes"])
-    if small is None or large is None or large[0] < 2 * small[0]:
-        return []
-    return [
-        f"read neighbours together (--merge-gap): at {size_text(large[1]['size'])} the disk gives {rate_text(large[0])}, "
-        f"{large[0] / small[0]:.1f} times as much as at {size_text(small[1]['size'])}"
-    ]
+def _loaders(profile: Profile) -> str:
+    """Where loaders spend more of the wait on a processor than the disk does on reading, or long in line for one."""
+    decoding, reads = profile["decoding"], profile["reads"]["per_step"]
+    busy, cpu_ms, waited_ms = loader_busy(profile), decoding["loader_cpu_ms"], decoding["loader_queue_wait_ms"] or 0.0
+    if not reads or not busy:
+        return ""
+    texts = []
+    if busy > 0.5:
+        texts.append(
+            f"While they had something to read, loaders spent {percent_text(min(busy, 1.0))} of the time on a processor, "
+            f"{1e3 * cpu_ms / reads:.0f} us a read: to hand it to the kernel and take it back. That takes more of the wait than the "
+            "disk does; it is less for a read when many go together."
+        )
+    if (in_line := busy * waited_ms / cpu_ms) > 0.2:
+        share = percent_text(min(in_line, 1.0))
+        texts.append(f"Loaders stood in line for a processor for {share} of the time that they had something to read.")
+    return " ".join(texts)
 
 
-def _more_cache(profile: dict[str, Any]) -> list[str]:
-    rate, share = profile["run"]["cache_hit_rate"], profile["cache"]["share"]
-    if profile["options"]["ffn"] != "sparse":
-        return ["use --ffn sparse, which reads predicted neurons only"]
-    if share is None or share >= 1:
-        return []
-    return [
-        f"keep more neurons in memory: {100 * rate:.0f} % of those named were in a cache of {100 * share:.0f} % (--cache-neurons)"
-    ]
+def _memory_bound(profile: Profile) -> str:
+    layers = profile["layers"]
+    named = sum(layer["hits"] + layer["misses"] for layer in layers)
+    us = 1e3 * profile["token"]["memory_ms"] / max(len(layers), 1)
+    return f"It handled {named:.0f} predicted neurons a token in {len(layers)} layers, {us:.0f} us a layer."
 
 
-def _memory_bound(profile: dict[str, Any]) -> tuple[str, str]:
-    named = sum(layer["hits"] + layer["misses"] for layer in profile["layers"])
-    because = (
-        f"It handled {named:.0f} named neurons a token in {len(profile['layers'])} layers, "
-        f"{1e3 * profile['token']['memory_ms'] / max(len(profile['layers']), 1):.0f} us a layer."
-    )
-    waiting = _queue_wait(profile)
-    remedies = ["decode several sequences together (--max-num-seqs), which share the look-up"]
-    return because, _join([*([waiting] if waiting else []), *remedies], profile)
-
-
-def _compute_bound(profile: dict[str, Any]) -> tuple[str, str]:
+def _compute_bound(profile: Profile) -> str:
     moved = profile["traffic"]["dram_bytes_per_step"]
     rate = moved / max(profile["token"]["compute_ms"] / 1e3, 1e-9)
-    because = (
-        f"It reads about {moved / 2**30:.2f} GiB of weights from memory a token, {rate_text(rate)} over the time of computing"
+    return (
+        f"It reads about {moved / 2**30:.2f} GiB of weights from DRAM a token, {rate_text(rate)} over the time of computing. "
+        f"Reads from the disk were under way {percent_text(profile['reads']['busy_share'])} of the time."
     )
-    because += f", and the disk was busy {100 * profile['reads']['busy_share']:.0f} % of the time."
-    remedies = []
-    if (waiting := _queue_wait(profile)) is not None:
-        remedies.append(waiting)
-    if profile["kernels"] != "native":
-        remedies.append("compile the native kernels (inflash build-kernels)")
-    if profile["sequences"] < 1.5:
-        remedies.append("decode several sequences together (run-batch, --max-num-seqs), which share these weights")
-    return because, _join(remedies or ["use a predictor that names fewer neurons, or a smaller model"], profile)
-
-
-def _queue_wait(profile: dict[str, Any]) -> str | None:
-    """Whether the engine's threads stood in line for a processor."""
-    share = profile["engine_queue_wait_share"]
-    if share is None or share < 0.2:
-        return None
-    return f"leave the processor to inflash: when its threads were ready they stood in line for one for {100 * share:.0f} % of the time"
-
-
-def _join(remedies: Sequence[str], profile: dict[str, Any]) -> str:
-    if not remedies:
-        return "The disk gives no more for such reads: a faster disk, more memory, or a predictor that names fewer neurons would help."
-    return "To be faster: " + "; ".join(remedies) + "."
-
-
-def best_rate(curve: Sequence[dict[str, Any]], size: float) -> tuple[float, dict[str, Any]] | None:
-    """The fastest measured point of the size nearest to one (by ratio), and its rate; None: nothing was measured."""
-    if not curve or size <= 0:
-        return None
-    nearest = min(sorted({point["size"] for point in curve}), key=lambda known: max(known / size, size / known))
-    point = max((point for point in curve if point["size"] == nearest), key=lambda point: point["bytes_per_s"])
-    return point["bytes_per_s"], point
-
-
-def rate_text(bytes_per_s: float) -> str:
-    return f"{bytes_per_s / 1e9:.2f} GB/s" if bytes_per_s >= 1e9 else f"{bytes_per_s / 1e6:.0f} MB/s"
-
-
-def size_text(num_bytes: float) -> str:
-    if num_bytes >= 2**30:
-        return f"{num_bytes / 2**30:.2f} GiB"
-    return f"{num_bytes / 2**20:.1f} MiB" if num_bytes >= 2**20 else f"{num_bytes / 1024:.0f} KiB"

@@ -1,6 +1,7 @@
 """Charts as inline SVG: bars and lines with axes, units and titles to hover over. Colours come from the page's style sheet.
 
-A series has the style of its place: classes `c0`, `c1`, ... A line is also told apart by its dashes, which the style sheet gives it.
+A series has a style for what it means, a class of the style sheet's, so that a meaning has one colour in every chart; series of one meaning
+are told apart by their dashes.
 """
 
 import math
@@ -8,8 +9,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 
+from .amounts import whole_percents
+
 WIDTH, HEIGHT = 480, 250
 _LEFT, _RIGHT, _TOP, _BOTTOM = 66, 12, 10, 40
+_LETTER = 6.8  # about as wide as a letter of a tick
 _MOST_TITLES = 160  # points of a line that can be hovered over
 
 
@@ -21,13 +25,15 @@ class Series:
       name: for the legend; "" keeps it out.
       points: x and y; bars are at whole x.
       marks: whether points stand alone, without a line.
-      style: the number of its class.
+      style: its class.
+      dash: the number of its dashes, for lines; 0: a solid one.
     """
 
     name: str
     points: Sequence[tuple[float, float]]
     marks: bool = False
-    style: int = 0
+    style: str = "other"
+    dash: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,12 +80,12 @@ def lines(series: Sequence[Series], axes: Axes, name: str) -> str:
         places = [(scale.x(x), scale.y(y)) for x, y in one.points]
         if not one.marks and len(places) > 1:
             path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
-            body.append(f'<polyline class="line c{one.style}" points="{path}"/>')
+            body.append(f'<polyline class="{_line_class(one)}" points="{path}"/>')
         if one.marks or len(places) <= _MOST_TITLES:
             shape = "mark" if one.marks else "dot"
             for (x, y), (value, amount) in zip(places, one.points, strict=True):
                 title = escape(f"{one.name}: {axes.y_text(amount)} at {axes.x_text(value)}")
-                circle = f'class="{shape} c{one.style}" cx="{x:.1f}" cy="{y:.1f}" r="{5 if one.marks else 2.5}"'
+                circle = f'class="{shape} {one.style}" cx="{x:.1f}" cy="{y:.1f}" r="{5 if one.marks else 2.5}"'
                 body.append(f"<circle {circle}><title>{title}</title></circle>")
     return _figure(body, name) + legend(series, bars=False)
 
@@ -98,28 +104,29 @@ def stacked_bars(series: Sequence[Series], axes: Axes, name: str) -> str:
             upper, lower = scale.y(bases[at] + amount), scale.y(bases[at])
             title = escape(f"{axes.x_text(x)}, {one.name}: {axes.y_text(amount)}")
             body.append(
-                f'<rect class="bar c{one.style}" x="{scale.x(x) - width / 2:.1f}" y="{upper:.1f}" width="{width:.1f}" '
+                f'<rect class="bar {one.style}" x="{scale.x(x) - width / 2:.1f}" y="{upper:.1f}" width="{width:.1f}" '
                 f'height="{max(lower - upper, 0):.1f}"><title>{title}</title></rect>'
             )
             bases[at] += amount
     return _figure(body, name) + legend(series, bars=True)
 
 
-def split_bar(parts: Sequence[tuple[str, float]], text: Callable[[float], str], name: str) -> str:
-    """One horizontal bar cut into parts; the legend has their amounts. The style sheet stretches it."""
-    total = sum(amount for _, amount in parts) or 1.0
+def split_bar(parts: Sequence[tuple[str, str, float]], text: Callable[[float], str], name: str) -> str:
+    """One horizontal bar cut into parts (name, style, amount); the legend has their amounts. The style sheet stretches it."""
+    shares = whole_percents([amount for _, _, amount in parts])
+    named = [f"{part}: {text(amount)}, {share} %" for (part, _, amount), share in zip(parts, shares, strict=True)]
+    total = sum(amount for _, _, amount in parts) or 1.0
     body, at = [], 0.0
-    for style, (part, amount) in enumerate(parts):
+    for words, (_, style, amount) in zip(named, parts, strict=True):
         width = WIDTH * amount / total
-        title = escape(f"{part}: {text(amount)}, {100 * amount / total:.0f} %")
-        body.append(
-            f'<rect class="bar c{style}" x="{at:.1f}" y="0" width="{width:.1f}" height="40"><title>{title}</title></rect>'
-        )
+        title = f"<title>{escape(words)}</title>"
+        body.append(f'<rect class="bar {style}" x="{at:.1f}" y="0" width="{width:.1f}" height="40">{title}</rect>')
         at += width
     shape = f'class="split" viewBox="0 0 {WIDTH} 40" preserveAspectRatio="none"'
     picture = f'<svg {shape} role="img" aria-label="{escape(name)}">{"".join(body)}</svg>'
-    named = [f"{part}: {text(amount)}, {100 * amount / total:.0f} %" for part, amount in parts]
-    return picture + legend([Series(name=words, points=(), style=style) for style, words in enumerate(named)], bars=True)
+    return picture + legend(
+        [Series(name=words, points=(), style=style) for words, (_, style, _) in zip(named, parts, strict=True)], bars=True
+    )
 
 
 def legend(series: Sequence[Series], *, bars: bool) -> str:
@@ -138,10 +145,14 @@ def nothing(why: str = "There is nothing to draw: this run had none of it.") -> 
 
 def _key(one: Series, *, bars: bool) -> str:
     if one.marks:
-        return f'<circle class="mark c{one.style}" cx="11" cy="5" r="4.5"/>'
+        return f'<circle class="mark {one.style}" cx="11" cy="5" r="4.5"/>'
     if bars:
-        return f'<rect class="bar c{one.style}" x="0" y="0" width="22" height="10"/>'
-    return f'<line class="line c{one.style}" x1="0" x2="22" y1="5" y2="5"/>'
+        return f'<rect class="bar {one.style}" x="0" y="0" width="22" height="10"/>'
+    return f'<line class="{_line_class(one)}" x1="0" x2="22" y1="5" y2="5"/>'
+
+
+def _line_class(one: Series) -> str:
+    return f"line {one.style} d{one.dash}"
 
 
 def _figure(body: Sequence[str], name: str) -> str:
@@ -164,7 +175,8 @@ class _Scale:
         self._x = (min(xs) - margin, max(max(xs), min(xs) + 1e-9) + margin)
         if axes.log_y:
             positive = [y for y in ys if y > 0] or [1.0]
-            self._y = (10 ** math.floor(math.log10(min(positive))), 10 ** math.ceil(math.log10(max(positive) * 1.0001)))
+            low = 10 ** math.floor(math.log10(min(positive)))
+            self._y = (low, max(round_up(max(positive)), 10 * low))
         else:
             self._y = (0.0, round_up(max(max(ys), axes.top or 0.0, 1e-9)))
         if axes.log_x and self._x[0] == self._x[1]:
@@ -178,25 +190,50 @@ class _Scale:
         return HEIGHT - _BOTTOM - (HEIGHT - _TOP - _BOTTOM) * _share(value, self._y, log=self._axes.log_y)
 
     def grid(self) -> str:
-        """Both axes with ticks and labels."""
+        """Both axes with ticks and labels; a logarithmic one says so."""
         axes, parts = self._axes, []
+        for value in self._between_ticks():
+            parts.append(_rule("grid between", self.y(value)))
         for value in self._y_ticks():
             y = self.y(value)
             parts.append(_rule("grid", y))
             parts.append(_words("tick", axes.y_text(value), f'x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end"'))
-        for value in self._x_ticks():
-            place = f'x="{self.x(value):.1f}" y="{HEIGHT - _BOTTOM + 16}" text-anchor="middle"'
-            parts.append(_words("tick", axes.x_text(value), place))
+        parts += self._x_labels()
         parts.append(_rule("axis", HEIGHT - _BOTTOM))
         across, up = (_LEFT + WIDTH - _RIGHT) / 2, (_TOP + HEIGHT - _BOTTOM) / 2
-        parts.append(_words("label", axes.x_label, f'x="{across}" y="{HEIGHT - 6}" text-anchor="middle"'))
-        parts.append(_words("label", axes.y_label, f'transform="translate(12 {up}) rotate(-90)" text-anchor="middle"'))
+        x_label, y_label = (
+            f"{label}, logarithmic" if log else label for label, log in ((axes.x_label, axes.log_x), (axes.y_label, axes.log_y))
+        )
+        parts.append(_words("label", x_label, f'x="{across}" y="{HEIGHT - 6}" text-anchor="middle"'))
+        parts.append(_words("label", y_label, f'transform="translate(12 {up}) rotate(-90)" text-anchor="middle"'))
         return "".join(parts)
+
+    def _x_labels(self) -> list[str]:
+        """Ticks below the axis: all inside the picture, and none on top of the one before."""
+        parts, free_from = [], 0.0
+        for value in self._x_ticks():
+            at, text = self.x(value), self._axes.x_text(value)
+            parts.append(f'<line class="axis" x1="{at:.1f}" x2="{at:.1f}" y1="{HEIGHT - _BOTTOM}" y2="{HEIGHT - _BOTTOM + 4}"/>')
+            half = len(text) * _LETTER / 2
+            middle = min(at, WIDTH - half)
+            if middle - half >= free_from:
+                parts.append(_words("tick", text, f'x="{middle:.1f}" y="{HEIGHT - _BOTTOM + 16}" text-anchor="middle"'))
+                free_from = middle + half + _LETTER
+        return parts
+
+    def _between_ticks(self) -> list[float]:
+        """On a logarithmic axis 2, 3, ... 9 of each power of ten, which come closer and closer."""
+        return self._of_powers(range(2, 10)) if self._axes.log_y else []
+
+    def _of_powers(self, parts: Sequence[int]) -> list[float]:
+        low, high = self._y
+        powers = range(round(math.log10(low)), math.ceil(math.log10(high)) + 1)
+        return [10.0**power * part for power in powers for part in parts if 10.0**power * part <= high * (1 + 1e-9)]
 
     def _y_ticks(self) -> list[float]:
         low, high = self._y
         if self._axes.log_y:
-            return [10.0**power for power in range(round(math.log10(low)), round(math.log10(high)) + 1)]
+            return self._of_powers((1, 2, 5) if high <= 100 * low else (1,))
         return [high * part / 4 for part in range(5)]
 
     def _x_ticks(self) -> list[float]:

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from ..errors import InflashError
 from ..pipeline.live import LiveCounters, LiveReader
+from .amounts import rate_text, size_text
 from .process_sampler import ProcessSample, look_at, pss_bytes
-from .run_diagnosis import rate_text, size_text
 
 _BAR = 46
 _FIELDS = ("time", "tokens/s", "step ms", "I/O wait", "memory", "compute", "hits", "read", "under way", "CPU", "PSS")

@@ -104,7 +104,7 @@ def test_what_a_killed_process_was_doing_is_drawn_to_its_last_sign_of_life(event
 def test_counters(events: list[dict[str, Any]]) -> None:
     assert [event["args"] for event in of(events, ph="C", name="cache")] == [{"hits": 30, "misses": 12}]
     assert [(event["ts"], event["args"]["reads"]) for event in of(events, ph="C", name="reads under way")] == [
-        (59.0, 12),
+        (57.0, 12),
         (89.0, 0),
     ]
     (cpu,) = of(events, ph="C", name="CPU %")

@@ -88,7 +88,7 @@ def test_reads_are_those_of_decoding_steps() -> None:
     loaders = [
         loader(
             (trace.SUBMIT, 1, 2, -1, 0, 50, 0), (trace.READ, 2, 3, -1, 0, 50, 0),  # before the step
-            (trace.REQUEST, 10, 16, 0, 0, 4 * 4096, 1), (trace.SUBMIT, 10, 10, -1, 0, 4, 0), (trace.READ, 10, 16, -1, 0, 4, 0),
+            (trace.REQUEST, 10, 16, 0, 0, 4 * 4096, 1), (trace.SUBMIT, 10, 12, -1, 0, 4, 0), (trace.READ, 10, 16, -1, 0, 4, 0),
         ),
         loader(
             (trace.REQUEST, 14, 18, 0, 0, 2 * 8192, 1), (trace.SUBMIT, 14, 14, -1, 0, 2, 0), (trace.READ, 14, 18, -1, 0, 2, 0), number=2,
@@ -106,6 +106,27 @@ def test_reads_are_those_of_decoding_steps() -> None:
     assert read_figures(step, [], 0)["bytes_per_s"] == 0.0
 
 
+def test_a_wait_is_split_by_what_loaders_did_meanwhile() -> None:
+    """Of a wait from 10 to 20 ms: a request until 18, whose two reads are handed in at 12 and back at 13 and 16."""
+    engine = records((trace.STEP, 5, 25, -1, 0, 1, 0), (trace.WAIT, 1, 4, -1, 0, 0, 0), (trace.WAIT, 10, 20, -1, 0, 0, 0))
+    one = loader(
+        (trace.REQUEST, 2, 3, 0, 0, 4096, 1), (trace.SUBMIT, 2, 3, -1, 0, 1, 0), (trace.READ, 3, 3, -1, 0, 1, 0),  # for a prompt
+        (trace.REQUEST, 8, 18, 0, 0, 8192, 2), (trace.SUBMIT, 12, 12.5, -1, 0, 2, 0), (trace.READ, 12.5, 13, -1, 0, 1, 0),
+        (trace.READ, 14, 16, -1, 0, 1, 0),
+    )  # fmt: skip
+    found = read_figures(engine, [one], 2)
+    assert found["wait_reading_ms"] == pytest.approx(4) and found["wait_asked_ms"] == pytest.approx(8)
+    assert found["mean_under_way"] == pytest.approx((2 * 1 + 1 * 3) / 4)
+
+
+def test_bytes_read_in_vain_count_for_the_disk() -> None:
+    step = records((trace.STEP, 10, 20, -1, 0, 1, 0))
+    one = loader((trace.REQUEST, 10, 15, 0, 0, 4096, 1), (trace.SUBMIT, 10, 10, -1, 0, 2, 0), (trace.READ, 10, 14, -1, 0, 2, 0))
+    found = read_figures(step, [one], 2)
+    assert found["bytes_per_step"] == 4096 and found["mean_bytes"] == 4096  # two reads of 4096 each for 4096 that were asked for
+    assert found["bytes_per_s"] == pytest.approx(2 * 4096 / 0.004)
+
+
 def test_steps_whose_reads_are_lost_do_not_count() -> None:
     steps = records((trace.STEP, 10, 20, -1, 0, 1, 0), (trace.STEP, 30, 40, -1, 1, 1, 0))
     kept = loader((trace.SUBMIT, 30, 30, -1, 0, 1, 0), (trace.READ, 30, 40, -1, 0, 1, 0))
@@ -121,4 +142,7 @@ def test_the_working_set_is_the_union_over_windows() -> None:
         place, k = (0, 7).index(point["layer"]), point["tokens"]
         unions = [named[at : at + k, place].any(axis=0).mean() for at in range(13 - k + 1)]
         assert point["share"] == pytest.approx(np.mean(unions))
+        new = [(named[at + k, place] & ~named[at : at + k, place].any(axis=0)).sum() for at in range(13 - k)]
+        assert point["missed"] == pytest.approx(sum(new) / named[k:, place].sum())
+    assert working_set([0], named[:4, :1])[-1]["missed"] is None  # no token came after four
     assert working_set([0], named[:0, :1]) == []

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,8 @@ def test_a_finished_run_leaves_a_trace_figures_and_a_report(finished: Path, stor
     picked = sum(size["picked"] for size in profile["reads"]["sizes"])
     assert picked == pytest.approx(39 * profile["reads"]["per_step"]) and 0 < profile["reads"]["mean_under_way"] <= 8
     assert list(profile["processes"]) == ["engine", "loader 0", "loader 1"]
+    assert 0 < profile["reads"]["wait_reading_ms"] <= profile["reads"]["wait_asked_ms"] <= token["io_wait_ms"] * 1.01
+    assert profile["start_s"] > 0.1 and profile["decoding"]["s"] < run["decode_s"] * 1.5
     assert profile["energy"]["joules_per_token"] > 0 and profile["device"]["read_curve"] == CURVE["read_curve"]
     assert {point["tokens"] for point in profile["working_set"]} == {1, 2, 4, 8, 16, 32}
     assert json.loads((finished / "responses.jsonl").read_text())["response"]["status_code"] == 200
@@ -117,12 +120,21 @@ def test_the_report_needs_nothing_else_and_says_what_limits_the_run(finished: Pa
         "Where a token",
         "Time by layer",
         "Rate of the reads",
-        "Growth of the working set",
+        "How large the cache should be",
         "Recall of the predictor",
         "Energy",
     ):
         assert title in report
-    assert all(sentence.split(",")[0].replace("'", "&#x27;") in report for sentence in profile["limits"])
+    told = [*profile["limits"][:2], *(one["text"] for one in profile["advice"])]
+    assert profile["advice"] and all(escape(text) in report for text in told)
+
+
+def test_a_colour_means_one_thing_and_is_defined_for_every_medium(finished: Path) -> None:
+    report = (finished / "report.html").read_text()
+    styles = set(re.findall(r'class="(?:bar|line|mark|dot) (\w+)', report))
+    assert {"wait", "manage", "compute", "neurons", "engine", "loader", "run"} <= styles
+    for name in styles:
+        assert len(re.findall(rf"--{name}: #", report)) == 3 and f"var(--{name})" in report, name  # light, dark, printed
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")

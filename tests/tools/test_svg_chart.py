@@ -4,7 +4,7 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
-from inflash.tools.svg_chart import Axes, Series, lines, round_up, split_bar, stacked_bars
+from inflash.tools.svg_chart import WIDTH, Axes, Series, lines, round_up, split_bar, stacked_bars
 
 AXES = Axes(x_label="step", y_label="ms <all>")
 
@@ -14,7 +14,10 @@ def elements(html: str, name: str) -> list[ET.Element]:
 
 
 def test_bars_stand_on_each_other() -> None:
-    series = [Series(name="a", points=[(0, 10.0), (1, 20.0)], style=0), Series(name="b", points=[(0, 30.0), (1, 0.0)], style=1)]
+    series = [
+        Series(name="a", points=[(0, 10.0), (1, 20.0)], style="wait"),
+        Series(name="b", points=[(0, 30.0), (1, 0.0)], style="compute"),
+    ]
     bars = [
         bar for bar in elements(stacked_bars(series, AXES, "two"), "rect") if "y" in bar.attrib and bar.find("title") is not None
     ]
@@ -30,7 +33,7 @@ def test_lines_rise_where_values_do(log: bool) -> None:
     html = lines(
         [
             Series(name="disk", points=[(4.0, 10.0), (64.0, 100.0), (1024.0, 1000.0)]),
-            Series(name="here", points=[(64.0, 50.0)], marks=True, style=1),
+            Series(name="here", points=[(64.0, 50.0)], marks=True, style="compute"),
         ],
         axes,
         "rates",
@@ -44,11 +47,23 @@ def test_lines_rise_where_values_do(log: bool) -> None:
         circle for circle in elements(html, "circle") if circle.find("title") is not None and "mark" in circle.attrib["class"]
     ]
     assert [mark.findtext("title") for mark in marks] == ["here: 50 at 64"] and float(marks[0].attrib["cy"]) > y1
-    assert [item.text for item in elements(html, "text")][-1] == "rate"
+    assert [item.text for item in elements(html, "text")][-1] == ("rate, logarithmic" if log else "rate")
+    between = [rule for rule in elements(html, "line") if rule.attrib["class"] == "grid between"]
+    assert len(between) == (16 if log else 0)  # of two powers of ten
+
+
+def test_labels_of_ticks_stay_in_the_picture_and_apart() -> None:
+    ticks = [4.0, 4.2, 1024.0, 100000.0]
+    axes = Axes(x_label="size", y_label="rate", log_x=True, x_ticks=ticks, x_text=lambda value: f"{value:.1f} KiB")
+    html = lines([Series(name="a", points=[(4.0, 1.0), (100000.0, 2.0)])], axes, "far apart")
+    labels = [item for item in elements(html, "text") if item.text and item.text.endswith("KiB")]
+    assert [item.text for item in labels] == ["4.0 KiB", "1024.0 KiB", "100000.0 KiB"]  # 4.2 would be on top of 4.0
+    assert float(labels[-1].attrib["x"]) + len("100000.0 KiB") * 3.4 <= WIDTH
+    assert [line.attrib["class"] for line in elements(html, "line")].count("axis") == len(ticks) + 1
 
 
 def test_the_parts_of_a_split_bar_fill_it() -> None:
-    html = split_bar([("waiting", 30.0), ("computing", 10.0)], lambda value: f"{value:.0f} ms", "parts")
+    html = split_bar([("waiting", "wait", 30.0), ("computing", "compute", 10.0)], lambda value: f"{value:.0f} ms", "parts")
     assert [float(bar.attrib["width"]) for bar in elements(html, "rect") if bar.find("title") is not None] == [360.0, 120.0]
     assert "waiting: 30 ms, 75 %" in html and "computing: 10 ms, 25 %" in html
 
