@@ -48,10 +48,10 @@ class Chunk:
     token_ids: np.ndarray
 
 
-def split_prompt(sequence: int, token_ids: np.ndarray) -> list[Chunk]:
-    """A prompt in chunks of the largest size, the rest padded to the smallest size that holds it."""
+def split_prompt(sequence: int, token_ids: np.ndarray, first: int = 0) -> list[Chunk]:
+    """A prompt, or what follows its position `first`, in chunks of the largest size, the rest padded to the smallest that holds it."""
     chunks = []
     for start in range(0, len(token_ids), CHUNK_SIZES[-1]):
         part = token_ids[start : start + CHUNK_SIZES[-1]]
-        chunks.append(Chunk(sequence, start, len(part), padded(part, fitting(len(part), CHUNK_SIZES))))
+        chunks.append(Chunk(sequence, first + start, len(part), padded(part, fitting(len(part), CHUNK_SIZES))))
     return chunks

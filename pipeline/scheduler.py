@@ -58,11 +58,10 @@ class Scheduler:
             if not waiting and not any(slots):
                 return
             running = [(row, c) for row, c in enumerate(slots) if c is not None]
-            admitted = self._admit(slots, waiting, self._engine.plan.prompt_tokens)
-            if admitted:
-                logits = self._engine.process_prompts(
-                    [(row, np.asarray(c.request.prompt_token_ids, np.int32)) for row, c in admitted]
-                )
+            prompts = self._admit(slots, waiting, self._engine.plan.prompt_tokens)
+            if prompts:
+                logits = self._engine.process_prompts(prompts)
+                admitted = [(row, c) for row, *_ in prompts if (c := slots[row]) is not None]
                 for _, c in admitted:
                     progress[c.request.number].mark("first_scheduled_time")
                 self._extend(logits, admitted, on_tokens)
@@ -76,7 +75,9 @@ class Scheduler:
         """Sizes the engine for these requests, in powers of two so that the next call finds it compiled."""
         most = self._engine.plan.num_seqs or self._engine.options.max_num_seqs
         num_seqs = min(most, 1 << (size.num_sequences - 1).bit_length())
-        self._engine.prepare(num_seqs, min(size.longest, self._max_length))
+        longest = min(size.longest, self._max_length)
+        self._engine.prepare(num_seqs, longest, size.num_positions(num_seqs, longest))
+        self._engine.kv_cache.clear()
         self._sampler.warm_up(num_seqs, list(size.kinds.values()))
 
     def _take(
@@ -100,22 +101,29 @@ class Scheduler:
     def _begin(self, request: Request) -> RequestProgress:
         return RequestProgress(request, max_length=self._max_length, end_ids=self._end_ids, token_bytes=self._token_bytes)
 
-    @staticmethod
     def _admit(
-        slots: list[Continuation | None], waiting: deque[Continuation], most_tokens: int
-    ) -> list[tuple[int, Continuation]]:
-        """Puts waiting continuations into free slots, in order, as many as pass through the layers together."""
-        admitted: list[tuple[int, Continuation]] = []
+        self, slots: list[Continuation | None], waiting: deque[Continuation], most_tokens: int
+    ) -> list[tuple[int, np.ndarray, int]]:
+        """Puts waiting continuations into free slots, in order, as many as pass through the layers together and have room in the KV cache.
+
+        Returns:
+          what is left of each prompt to process: its row, the tokens, and the position of the first.
+        """
+        admitted: list[tuple[int, np.ndarray, int]] = []
         num_tokens = 0
         for row in (row for row, occupant in enumerate(slots) if occupant is None):
             if not waiting:
                 break
-            num_tokens += len(waiting[0].request.prompt_token_ids)
-            if admitted and num_tokens > most_tokens:
+            token_ids = np.asarray(waiting[0].request.prompt_token_ids, np.int32)
+            if admitted and num_tokens + len(token_ids) > most_tokens:
                 break
-            continuation = waiting.popleft()
-            slots[row] = continuation
-            admitted.append((row, continuation))
+            num_cached = self._engine.kv_cache.admit(row, token_ids, len(token_ids) + waiting[0].most_tokens)
+            if num_cached is None:
+                break
+            num_tokens += len(token_ids) - num_cached
+            self._engine.times.cached_tokens += num_cached
+            slots[row] = waiting.popleft()
+            admitted.append((row, token_ids[num_cached:], num_cached))
         return admitted
 
     def _decode(self, running: Iterable[tuple[int, Continuation]]) -> jax.Array:
@@ -135,12 +143,12 @@ class Scheduler:
                 continuation.push(tokens[row])
         on_tokens(len(rows))
 
-    @staticmethod
-    def _finished(slots: list[Continuation | None], progress: dict[int, RequestProgress]) -> Iterator[RequestOutput]:
+    def _finished(self, slots: list[Continuation | None], progress: dict[int, RequestProgress]) -> Iterator[RequestOutput]:
         for row, continuation in enumerate(slots):
             if continuation is None or continuation.finish_reason is None:
                 continue
             slots[row] = None
+            self._engine.kv_cache.release(row)
             state = progress.get(continuation.request.number)
             if state is not None and state.finished:  # None: another continuation of it ended in this step, too
                 state.mark("finished_time")
