@@ -15,8 +15,8 @@ from .options import EngineOptions
 from .predictors import LayerPredictor, choose_predictor, choose_prefetch, load_layer
 from .weights import on_device
 
-TOKENS, CONTEXT = 512, 256
-"""Enough for three times the half-life of a cache's counts, at a cost of some seconds."""
+TOKENS, CONTEXT = 2048, 256
+"""A window of its own for each of eight sequences, and enough for the cache's counts to settle, at a cost of a minute or two."""
 
 
 def calibration_steps(store: Store) -> int:

@@ -5,6 +5,7 @@ loaders were asked for, in order. Where the engine has nothing left to compute i
 comes out of the going-through, and is no figure of its own. Reference: arXiv:2312.11514, 2.3.
 """
 
+import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -79,13 +80,21 @@ class CostModel:
     def __init__(self, store: Store, options: EngineOptions, device: Device, curves: HitCurves) -> None:
         self.store, self.device, self.curves = store, device, curves
         self._compute = compute_dtype(options.compute_dtype, store.dtype)
-        self._overlap = options.overlap
+        self._predictor_bytes: dict[tuple[str, int], int] = {}
 
     def predict(self, plan: Plan, num_seqs: int, positions: int) -> StepCost:
         """A step of `num_seqs` sequences that look back on `positions` each, after the caches have filled."""
+        cost = self.predict_below(plan, num_seqs, positions, math.inf)
+        assert cost is not None
+        return cost
+
+    def predict_below(self, plan: Plan, num_seqs: int, positions: int, most_ms: float) -> StepCost | None:
+        """Likewise; None as soon as it is clear that a step takes longer than `most_ms`."""
         layers = self.curves.of(num_seqs)
         slowdown = 1.0
         cost, busy_s, processor_s = self._walk(plan, layers, num_seqs, positions, slowdown)
+        if cost.total_ms > most_ms:  # and what follows only makes it slower
+            return None
         for _ in range(2):  # loaders and kernels share the processors while both have work
             hidden = 1 - min(1.0, cost.io_wait_ms / 1e3 / busy_s) if busy_s else 0.0
             slowdown = 1 + hidden * processor_s / self.device.cores / max(cost.compute_ms / 1e3 / slowdown, 1e-9)
@@ -115,7 +124,9 @@ class CostModel:
         return cost, busy, processor
 
     def predictor_layer_bytes(self, name: str, layer: int) -> int:
-        return predictor_bytes(self.store, name, self._compute, [layer])
+        if (name, layer) not in self._predictor_bytes:
+            self._predictor_bytes[name, layer] = predictor_bytes(self.store, name, self._compute, [layer])
+        return self._predictor_bytes[name, layer]
 
     @property
     def item_bytes(self) -> int:
@@ -132,6 +143,7 @@ class _Walk:
         self._model, self._plan, self._curves, self._num_seqs = model, plan, layers, num_seqs
         self._device, self._slowdown = model.device, slowdown
         config, bundles = model.store.config, model.store.bundles
+        self._kernels: dict[tuple[str, float], float] = {}
         self._bundle_bytes, self._d_ff, self._num_layers = bundles.bundle_bytes, config.d_ff, config.num_layers
         matrices = 4 * config.d_model**2
         self._attention_s = self._kernel("attention", matrices * model.item_bytes + num_seqs * positions * 8 * config.d_model)
@@ -164,7 +176,9 @@ class _Walk:
         )  # fmt: skip
 
     def _kernel(self, name: str, num_bytes: float) -> float:
-        return self._slowdown * self._device.kernel_s(name, self._num_seqs, num_bytes)
+        if (name, num_bytes) not in self._kernels:  # the same few, for thousands of plans
+            self._kernels[name, num_bytes] = self._slowdown * self._device.kernel_s(name, self._num_seqs, num_bytes)
+        return self._kernels[name, num_bytes]
 
     def _compute(self, seconds: float) -> None:
         self.now += seconds
@@ -221,12 +235,14 @@ class _Walk:
     def _ask(self, neurons: float) -> float:
         device = self._device
         self._count(neurons, neurons * self._bundle_bytes, neurons * device.read_cpu_s)
-        return self._disk.ask(self.now, device.read_s(neurons, self._bundle_bytes, self._plan.queue_depth * self._plan.loaders))
+        depth, loaders = self._plan.queue_depth * self._plan.loaders, self._plan.loaders
+        return self._disk.ask(self.now, device.read_s(neurons, self._bundle_bytes, depth, loaders))
 
     def _place(self, neurons: float, missing: float) -> None:
         """Fewer than one missing neuron a step is a request in so many steps."""
         device = self._device
-        seconds = self._slowdown * (device.placing.seconds(neurons) + min(missing, 1.0) * device.ask_s)
+        asking = min(missing, 1.0) * device.asking.seconds(max(missing, 1.0))
+        seconds = self._slowdown * (device.placing.seconds(neurons) + asking)
         self.now += seconds
         self.memory += seconds
 

@@ -9,7 +9,8 @@ import json
 import math
 import os
 import platform
-from collections.abc import Mapping
+import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from importlib import metadata
@@ -37,6 +38,9 @@ class Rate:
     def seconds(self, num_bytes: float) -> float:
         return self.fixed_s + num_bytes / self.bytes_per_s
 
+    def slower(self, times: float) -> "Rate":
+        return Rate(fixed_s=times * self.fixed_s, bytes_per_s=self.bytes_per_s / times)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReadPoint:
@@ -48,10 +52,44 @@ class ReadPoint:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class MachineState:
+    """How fast a machine was at one time, by four pieces of work that never change. Shared machines vary by a factor of two.
+
+    Attributes:
+      kernel_s: of one product with a matrix that no cache holds, by number of sequences.
+      processor_s: of the bookkeeping of a neuron cache, in one thread.
+      random_bytes_per_s, stream_bytes_per_s: of the disk.
+    """
+
+    kernel_s: Mapping[int, float]
+    processor_s: float
+    random_bytes_per_s: float
+    stream_bytes_per_s: float
+
+    @classmethod
+    def between(cls, states: Sequence["MachineState"]) -> "MachineState":
+        """The medians of several."""
+        return cls(
+            kernel_s={batch: statistics.median(state.kernel_s[batch] for state in states) for batch in states[0].kernel_s},
+            processor_s=statistics.median(state.processor_s for state in states),
+            random_bytes_per_s=statistics.median(state.random_bytes_per_s for state in states),
+            stream_bytes_per_s=statistics.median(state.stream_bytes_per_s for state in states),
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, document: dict[str, Any]) -> "MachineState":
+        return cls(**{**document, "kernel_s": {int(batch): each for batch, each in document["kernel_s"].items()}})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Device:
     """Figures of one machine and disk.
 
     Attributes:
+      state: how fast the machine was when it had these figures.
       machine: what they were measured on, see `machine_of`; empty where they are assumed.
       cores: processors that this process may use.
       read_curve: the disk's.
@@ -59,12 +97,13 @@ class Device:
       dram_bytes_per_s: by number of threads that read.
       kernels: for each of KERNELS its rate by number of sequences.
       placing: of the neuron cache: `fixed_s` a call, and "bytes" are neurons.
-      ask_s: of the engine's time for a request to loaders, and for giving out its slots.
+      asking: of the engine's time for a request to loaders, and for giving out its slots, beyond placing; "bytes" are neurons.
       request_s: from asking a loader for one neuron until it is there, beyond the read itself.
-      loader_share: of the disk's own rate of random reads that a loader reaches.
+      loader_share: that a loader reaches of the disk's own rate of random reads, or of what its processor time allows.
       read_cpu_s, stream_cpu_s: processor time of a loader for a random read, and for a byte that is streamed.
     """
 
+    state: MachineState
     machine: Mapping[str, str]
     cores: int
     read_curve: tuple[ReadPoint, ...]
@@ -72,7 +111,7 @@ class Device:
     dram_bytes_per_s: Mapping[int, float]
     kernels: Mapping[str, Mapping[int, Rate]]
     placing: Rate
-    ask_s: float
+    asking: Rate
     request_s: float
     loader_share: float
     read_cpu_s: float
@@ -89,21 +128,18 @@ class Device:
             return first * max(1.0, num_seqs / low) if num_seqs > low else first
         return first + (second - first) * (num_seqs - low) / (high - low)
 
-    def read_s(self, reads: float, size: int, depth: int) -> float:
-        """Seconds until so many random reads are back that a loader was asked for at once."""
+    def read_s(self, reads: float, size: int, depth: int, loaders: int = 1) -> float:
+        """Seconds until so many random reads are back that loaders were asked for at once; `depth` is of all of them together."""
         if reads <= 0:
             return 0.0
         under_way = max(1.0, min(reads, depth))
-        in_flight = reads * size / (self.loader_share * self.rate_at(size, under_way))
+        possible = min(self.rate_at(size, under_way), loaders * size / self.read_cpu_s)
+        in_flight = reads * size / (self.loader_share * possible)
         return self.request_s + max(size / self.rate_at(size, 1), in_flight)
 
     def rate_at(self, size: float, depth: float) -> float:
         """Bytes a second from the curve, between its points in logarithms; flat beyond them."""
-        sizes, depths, rates = _tabled(self.read_curve)
-        (s0, s1, s), (d0, d1, d) = _between(sizes, size), _between(depths, depth)
-        corners = [[math.log(rates[a, b]) for b in (d0, d1)] for a in (s0, s1)]
-        rows = [row[0] + (row[1] - row[0]) * d for row in corners]
-        return math.exp(rows[0] + (rows[1] - rows[0]) * s)
+        return _interpolated(self.read_curve, size, depth)
 
     def best_depth(self, size: int) -> int:
         """The fewest reads under way that get 97 % of the best rate."""
@@ -115,10 +151,27 @@ class Device:
         """Bytes that cost no more to read along than another read costs."""
         return worthwhile_gap((point.size, point.bytes_per_s) for point in self.read_curve)
 
-    def with_disk(self, random: float, stream: float) -> "Device":
-        """The same machine while its disk serves random reads, and reads in order, so many times as fast."""
-        curve = tuple(replace(point, bytes_per_s=random * point.bytes_per_s) for point in self.read_curve)
-        return replace(self, read_curve=curve, stream_bytes_per_s=stream * self.stream_bytes_per_s)
+    def in_state(self, now: MachineState) -> "Device":
+        """The same machine when it is as fast as `now` says: each figure changed as the piece of work is that it is most like."""
+        processor = now.processor_s / self.state.processor_s
+        random = now.random_bytes_per_s / self.state.random_bytes_per_s
+        stream = now.stream_bytes_per_s / self.state.stream_bytes_per_s
+        kernels = {batch: now.kernel_s[batch] / self.state.kernel_s[batch] for batch in self.state.kernel_s}
+        return replace(
+            self,
+            state=now,
+            read_curve=tuple(replace(point, bytes_per_s=random * point.bytes_per_s) for point in self.read_curve),
+            stream_bytes_per_s=stream * self.stream_bytes_per_s,
+            kernels={
+                name: {batch: rate.slower(kernels[batch]) for batch, rate in rates.items()}
+                for name, rates in self.kernels.items()
+            },
+            placing=self.placing.slower(processor),
+            asking=self.asking.slower(processor),
+            request_s=processor * self.request_s,
+            read_cpu_s=processor * self.read_cpu_s,
+            stream_cpu_s=processor * self.stream_cpu_s,
+        )
 
     def to_json(self) -> dict[str, Any]:
         return {"machine": dict(self.machine)} | {key: value for key, value in asdict(self).items() if key != "machine"}
@@ -126,12 +179,22 @@ class Device:
     @classmethod
     def from_json(cls, document: dict[str, Any]) -> "Device":
         fields = dict(document)
+        fields["state"] = MachineState.from_json(fields["state"])
         fields["read_curve"] = tuple(ReadPoint(**point) for point in fields["read_curve"])
         fields["dram_bytes_per_s"] = {int(threads): rate for threads, rate in fields["dram_bytes_per_s"].items()}
         fields["kernels"] = {
             name: {int(batch): Rate(**rate) for batch, rate in rates.items()} for name, rates in fields["kernels"].items()
         }
-        return cls(**{**fields, "placing": Rate(**fields["placing"])})
+        return cls(**{**fields, "placing": Rate(**fields["placing"]), "asking": Rate(**fields["asking"])})
+
+
+@lru_cache(maxsize=4096)
+def _interpolated(curve: tuple[ReadPoint, ...], size: float, depth: float) -> float:
+    sizes, depths, rates = _tabled(curve)
+    (s0, s1, s), (d0, d1, d) = _between(sizes, size), _between(depths, depth)
+    corners = [[math.log(rates[a, b]) for b in (d0, d1)] for a in (s0, s1)]
+    rows = [row[0] + (row[1] - row[0]) * d for row in corners]
+    return math.exp(rows[0] + (rows[1] - rows[0]) * s)
 
 
 @lru_cache(maxsize=8)
@@ -156,6 +219,7 @@ def assumed_device() -> Device:
     curve |= {(128 << 10, 1): 500e6, (128 << 10, 128): 1500e6, (1 << 20, 1): 900e6, (1 << 20, 128): 1500e6}
     rates = {"attention": 23e9, "head": 26e9, "predictor": 20e9, "two predictors": 20e9, "gather": 14e9, "block": 15e9}
     return Device(
+        state=MachineState(kernel_s={1: 5.8e-3, 8: 1.2e-2}, processor_s=5e-3, random_bytes_per_s=450e6, stream_bytes_per_s=1.4e9),
         machine={},
         cores=os.cpu_count() or 1,
         read_curve=tuple(ReadPoint(size=size, depth=depth, bytes_per_s=rate) for (size, depth), rate in curve.items()),
@@ -166,7 +230,7 @@ def assumed_device() -> Device:
             for name, rate in rates.items()
         },
         placing=Rate(fixed_s=1.2e-4, bytes_per_s=1e7),
-        ask_s=2e-4,
+        asking=Rate(fixed_s=1e-4, bytes_per_s=2e6),
         request_s=1e-4,
         loader_share=0.95,
         read_cpu_s=9e-6,

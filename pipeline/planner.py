@@ -82,8 +82,8 @@ class Planner:
         for frame, frame_bytes in self._sized_frames(num_seqs, max_length):
             if (plan := self._filled(frame, memory_bytes - frame_bytes)) is None:
                 continue
-            cost = self.cost.predict(plan, num_seqs, positions)
-            if best is None or cost.total_ms < best[0]:
+            cost = self.cost.predict_below(plan, num_seqs, positions, best[0] if best else math.inf)
+            if cost is not None and (best is None or cost.total_ms < best[0]):
                 best = cost.total_ms, plan, cost
         assert best is not None
         _, plan, cost = best

@@ -16,7 +16,7 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
@@ -150,8 +150,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def kernel_seconds(
-    widths: Sequence[int], batches: Sequence[int], names: Sequence[str], seconds: float
-) -> dict[tuple[str, int, int], tuple[int, float]]:
+    widths: Sequence[int], batches: Sequence[int], names: Sequence[str], seconds: float, pace: Callable[[], Mapping[int, float]]
+) -> tuple[dict[tuple[str, int, int], tuple[int, float]], Mapping[int, float]]:
     """Bytes of weights, and the seconds of a call, by kernel, d_model and batch, in the form that runs use.
 
     Args:
@@ -159,14 +159,24 @@ def kernel_seconds(
       batches: numbers of sequences.
       names: of `_cases`.
       seconds: length of each measurement.
+      pace: the seconds of a piece of work that never changes, by batch; done once a round, so that all calls can be told for the same pace.
+
+    Returns:
+      What was measured, for the median pace, and that.
     """
     is_native, cases = native_library.choose(), []
     for width in widths:
         weights = _Weights(width, 4 * width, 4 * width)
         for batch in batches:
             cases += [(width, replace(case, native=is_native)) for case in _cases(weights, batch) if case.name in names]
-    times = _interleaved([case.prepare(case) for _, case in cases], seconds)
-    return {(case.name, width, case.batch): (case.num_bytes, each) for (width, case), each in zip(cases, times, strict=True)}
+    paces: list[Mapping[int, float]] = []
+    rounds = _rounds([case.prepare(case) for _, case in cases], seconds, lambda: paces.append(pace()))
+    median = {batch: float(np.median([each[batch] for each in paces])) for batch in batches}
+    found = {}
+    for (width, case), times in zip(cases, zip(*rounds, strict=True), strict=True):
+        paced = [time * median[case.batch] / each[case.batch] for time, each in zip(times, paces, strict=True)]
+        found[case.name, width, case.batch] = case.num_bytes, float(np.median(paced))
+    return found, median
 
 
 def _report(arguments: argparse.Namespace, bandwidth: float, results: list[KernelResult]) -> None:
@@ -258,13 +268,19 @@ def _gathered(case: _Case, weights: _Weights, x: jax.Array, active: int) -> Call
 
 def _interleaved(calls: list[Call], seconds: float) -> list[float]:
     """The median seconds of each call, over rounds in which every call is made once, `seconds` for each call in all."""
+    return [float(np.median(times)) for times in zip(*_rounds(calls, seconds), strict=True)]
+
+
+def _rounds(calls: list[Call], seconds: float, before: Callable[[], object] = lambda: None) -> list[list[float]]:
+    """The seconds of each call in each round; `before` is called before a round."""
     for call in calls:
         jax.block_until_ready(call())
     rounds: list[list[float]] = []
     end = time.perf_counter() + seconds * len(calls)
     while len(rounds) < _FEWEST_ROUNDS or (time.perf_counter() < end and len(rounds) < _MOST_ROUNDS):
+        before()
         rounds.append([_seconds(call) for call in calls])
-    return [float(np.median(times)) for times in zip(*rounds, strict=True)]
+    return rounds
 
 
 def _seconds(call: Call) -> float:

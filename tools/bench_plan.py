@@ -2,34 +2,27 @@
 
 Every run is a process of its own that only follows the plan. Its cgroup may hold the budget and 64 MiB, page cache and shared memory
 counted; a run that needs more is ended by the kernel and reported. The plan goes by what was probed; what it is predicted to take, by how
-fast the disk is just before the run.
+fast the machine is during the run.
 """
 
 import argparse
-import contextlib
 import json
 import statistics
-import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ..errors import InflashError
-from ..storage.layout import bundles_path
-from ..storage.read_rate import read_rate
-from ..storage.shard_index import open_raw_array
 from ..storage.store import Store, open_store
 from . import arguments as flags
-from .memory_group import NoCgroup, memory_group
 from .progress import progress_bar
 from .table import table
 
-ALLOWANCE_BYTES = 64 << 20
-_KILLED = (-9, 137)
-_DISK_S, _STREAM_DEPTH, _SMALLEST_READ = 0.8, 16, 4096
+_TURNS = 8  # of steps between which the machine is looked at, at most
+_WARM_UP = 6  # times as long as what is measured
 _PARTS = ("io_wait_ms", "memory_ms", "compute_ms", "total_ms")
 
 
@@ -46,56 +39,99 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"inflash: warning: {note}", file=sys.stderr)
     runs = [(batch, share) for batch in arguments.batch for share in arguments.budgets]
     results: list[dict[str, Any]] = []
+    comparison = _Comparison(store, options, planner, arguments)
     with progress_bar(total=len(runs), desc="measuring", unit=" runs") as bar:
         for batch, share in runs:
-            results.append(_run(store, options, planner, batch, share, arguments))
+            results.append(comparison.of_budget(batch, share))
             bar.update()
     _report(store, results, arguments.plot)
     return 0
 
 
-def _run(store: Store, options: Any, planner: Any, batch: int, share: int, arguments: argparse.Namespace) -> dict[str, Any]:
-    """One budget's plan, predicted and measured, and with --grid its neighbours."""
-    from ..pipeline.cost import CostModel
+class _Comparison:
+    """Predicted and measured steps of plans."""
 
-    length = min(arguments.length[arguments.batch.index(batch) % len(arguments.length)], store.config.max_positions)
-    memory = store.num_bytes * share // 100
-    if arguments.above_least:
-        memory += planner.least_bytes(batch, length)
-    row: dict[str, Any] = {"batch": batch, "budget": share, "memory_bytes": memory, "length": length}
-    try:
-        planned = planner.plan(memory, batch, length, positions=(arguments.prompt_tokens + length) // 2)
-    except InflashError as error:
-        return row | {"refused": str(error), "least_bytes": planner.least_bytes(batch, length)}
-    disk = _disk_now(store, planner.device, planned.plan)
-    now = CostModel(store, options, planner.device.with_disk(**disk), planner.curves)
-    predicted = now.predict(planned.plan, batch, planned.positions)
-    row |= {
-        "disk": disk,
-        "least_bytes": planned.least_bytes,
-        "used_bytes": planned.used_bytes,
-        "predicted": predicted.to_json(),
-        "predicted_read_bytes": predicted.read_bytes,
-        "plan": planned.plan.to_json(),
-    }
-    row |= _measured(store, options, planned.plan, memory, arguments)
-    if "measured" in row:
-        row["error"] = predicted.total_ms / row["measured"]["total_ms"] - 1
-    if arguments.grid:
-        row["grid"] = [
-            {"name": name, **_measured(store, replace(options, **changes), plan, memory, arguments)}
-            for name, changes, plan in neighbours(planner, planned)
-        ]
-    return row
+    def __init__(self, store: Store, options: Any, planner: Any, arguments: argparse.Namespace) -> None:
+        from .yardstick import Yardstick, neuron_files
 
+        self._store, self._options, self._planner, self._arguments = store, options, planner, arguments
+        self._yardstick = Yardstick(neuron_files(store), planner.device.state.kernel_s)
 
-def _disk_now(store: Store, device: Any, plan: Any) -> dict[str, float]:
-    """How fast the disk is now, beside what was probed: shared disks differ by more within minutes than plans do."""
-    file, num_bytes = open_raw_array(store.path / bundles_path(0)).file, store.bundles.layer_bytes
-    size, depth, block = max(store.bundles.bundle_bytes, _SMALLEST_READ), plan.queue_depth, min(1 << 20, num_bytes)
-    random = read_rate(file, num_bytes, size, depth, _DISK_S)
-    in_order = read_rate(file, num_bytes, block, _STREAM_DEPTH, _DISK_S, in_order=True)
-    return {"random": random / device.rate_at(size, depth), "stream": in_order / device.rate_at(block, _STREAM_DEPTH)}
+    def of_budget(self, batch: int, share: int) -> dict[str, Any]:
+        """One budget's plan, predicted and measured, and with --grid its neighbours."""
+        store, planner, arguments = self._store, self._planner, self._arguments
+        length = min(arguments.length[arguments.batch.index(batch) % len(arguments.length)], store.config.max_positions)
+        memory = store.num_bytes * share // 100
+        if arguments.above_least:
+            memory += planner.least_bytes(batch, length)
+        row: dict[str, Any] = {"batch": batch, "budget": share, "memory_bytes": memory, "length": length}
+        try:
+            planned = planner.plan(memory, batch, length, positions=(arguments.prompt_tokens + length) // 2)
+        except InflashError as error:
+            return row | {"refused": str(error), "least_bytes": planner.least_bytes(batch, length)}
+        row |= {
+            "least_bytes": planned.least_bytes,
+            "used_bytes": planned.used_bytes,
+            "planned": planned.predicted.to_json(),
+            "plan": planned.plan.to_json(),
+        }
+        row |= self._run(planned.plan, planned, self._options)
+        if "measured" in row:
+            row["error"] = row["predicted"]["total_ms"] / row["measured"]["total_ms"] - 1
+        if arguments.grid and "measured" in row:
+            row["grid"] = [self._beside(row, planned, *neighbour) for neighbour in neighbours(planner, planned)]
+        return row
+
+    def _beside(self, row: dict[str, Any], planned: Any, name: str, changes: dict[str, Any], plan: Any) -> dict[str, Any]:
+        """A neighbour's run, and how much longer it took than the plan's own, both as multiples of what the plan takes at that pace."""
+        other = self._run(plan, planned, replace(self._options, **changes))
+        if "measured" in other:
+            mine, its = (
+                run["measured"]["total_ms"] / statistics.fmean(self._own_ms(planned, state) for state in run["states"])
+                for run in (row, other)
+            )
+            other["longer"] = its / mine - 1
+        return {"name": name, **other}
+
+    def _own_ms(self, planned: Any, state: dict[str, Any]) -> float:
+        """What the plan itself is predicted to take at a pace."""
+        from ..pipeline.device import MachineState
+
+        return self._predict(planned.plan, planned, self._options, MachineState.from_json(state))["total_ms"]
+
+    def _predict(self, plan: Any, planned: Any, options: Any, state: Any) -> dict[str, float]:
+        from ..pipeline.cost import CostModel
+
+        cost = CostModel(self._store, options, self._planner.device.in_state(state), self._planner.curves)
+        return cost.predict(plan, plan.num_seqs, planned.positions).to_json()
+
+    def _run(self, plan: Any, planned: Any, options: Any) -> dict[str, Any]:
+        from .plan_run import run_watched
+
+        return run_watched(
+            self._row_config(plan, options),
+            planned.memory_bytes,
+            seconds=self._arguments.seconds,
+            most_steps=self._arguments.tokens,
+            look=self._yardstick.measure,
+            predict=partial(self._predict, plan, planned, options),
+        )
+
+    def _row_config(self, plan: Any, options: Any) -> dict[str, Any]:
+        from .plan_text import tokens_for
+
+        store, arguments = self._store, self._arguments
+        token_ids, _ = tokens_for(store, arguments.text, plan.num_seqs, min(arguments.context, store.config.max_positions))
+        return {
+            "model": str(store.path),
+            "options": asdict(replace(options, memory=None)),
+            "plan": plan.to_json(),
+            "token_ids": token_ids[:, ::-1].tolist(),  # not what the plan was calibrated on
+            "prompt_tokens": arguments.prompt_tokens,
+            "warm_up_s": arguments.seconds * _WARM_UP,
+            "most_warm_up": max(16, arguments.warm_up // plan.num_seqs),
+            "turn_s": arguments.seconds / _TURNS,
+        }
 
 
 def neighbours(planner: Any, planned: Any) -> Iterator[tuple[str, dict[str, Any], Any]]:
@@ -113,44 +149,6 @@ def neighbours(planner: Any, planned: Any) -> Iterator[tuple[str, dict[str, Any]
         yield "window of 4 tokens", {"policy": "window", "window": 4}, plan
     for name, other in planner.alternatives(planned):
         yield name, {}, other
-
-
-def _measured(store: Store, options: Any, plan: Any, memory: int, arguments: argparse.Namespace) -> dict[str, Any]:
-    """A run of the plan in a cgroup: `measured` and `peak_bytes`, or `failed`."""
-    from .plan_text import tokens_for
-
-    token_ids, _ = tokens_for(store, arguments.text, plan.num_seqs, min(arguments.context, store.config.max_positions))
-    config = {
-        "model": str(store.path),
-        "options": asdict(replace(options, memory=None)),
-        "plan": plan.to_json(),
-        "token_ids": token_ids[:, ::-1].tolist(),  # not what the plan was calibrated on
-        "prompt_tokens": arguments.prompt_tokens,
-        "warm_up_s": arguments.seconds * 2,
-        "measured_s": arguments.seconds,
-        "most_warm_up": max(16, arguments.warm_up // plan.num_seqs),
-        "most_measured": arguments.tokens,
-    }
-    with tempfile.NamedTemporaryFile("w", suffix=".json") as file, contextlib.ExitStack() as stack:
-        json.dump(config, file)
-        file.flush()
-        command = [sys.executable, "-P", "-m", "inflash.tools.plan_row", file.name]
-        try:
-            group = stack.enter_context(memory_group(memory + ALLOWANCE_BYTES))
-            command = group.wrap(command)
-        except NoCgroup:
-            group = None
-        ended = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-        peak = group.peak_bytes() if group else None
-    lines = ended.stdout.splitlines()
-    document = (
-        json.loads(lines[-1])
-        if lines
-        else {"error": "ended by the kernel for its memory" if ended.returncode in _KILLED else f"ended with {ended.returncode}"}
-    )
-    if "error" in document:
-        return {"failed": document["error"], "peak_bytes": peak}
-    return {"measured": document["result"], "peak_bytes": peak, "limited": group is not None}
 
 
 def _report(store: Store, results: list[dict[str, Any]], plot: Path | None) -> None:
@@ -191,10 +189,8 @@ def _report(store: Store, results: list[dict[str, Any]], plot: Path | None) -> N
     for row in results:
         for other in row.get("grid", []):
             if "measured" in other:
-                change = other["measured"]["total_ms"] / row["measured"]["total_ms"] - 1 if "measured" in row else 0.0
-                print(
-                    f"batch {row['batch']}, {row['budget']}%, {other['name']}: {other['measured']['total_ms']:.1f} ms, {100 * change:+.0f}%"
-                )
+                took = f"{other['measured']['total_ms']:.1f} ms, {other['longer']:+.0%} at the plan's own pace"
+                print(f"batch {row['batch']}, {row['budget']}%, {other['name']}: {took}")
     errors = [abs(row["error"]) for row in results if "error" in row]
     summary = {"median_error": statistics.median(errors), "worst_error": max(errors)} if errors else {}
     if errors:

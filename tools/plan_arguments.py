@@ -49,7 +49,11 @@ def add_bench_plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=count_from_one, default=48, metavar="N", help="most measured steps (%(default)s)")
     parser.add_argument("--warm-up", type=count_from_one, default=160, metavar="N", help="most tokens before them (%(default)s)")
     parser.add_argument(
-        "--seconds", type=float, default=10.0, metavar="S", help="of measured steps at most, after twice as long a warm-up"
+        "--seconds",
+        type=float,
+        default=10.0,
+        metavar="S",
+        help="of measured steps at most, after a warm-up of six times as long at most",
     )
     parser.add_argument(
         "--context", type=count_from_one, default=256, metavar="N", help="tokens of text for each sequence (%(default)s)"

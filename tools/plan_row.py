@@ -1,12 +1,13 @@
 """One run of `inflash bench plan`, in a process of its own: python -m inflash.tools.plan_row CONFIG.
 
-Reads its settings from the argument and prints one line of JSON: what steps of the given plan took.
+Reads its settings from the argument and prints lines of JSON: `ready` after the warm-up; for every line that it is then sent, what a few
+steps took, so that whoever sends it can look at the machine in between; at the end of its input, the result.
 """
 
 import json
-import statistics
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,6 @@ from ..pipeline.plan import CACHED, Plan
 from ..storage.store import open_store
 from .ablation_row import held_bytes
 
-_PARTS = ("io_wait", "memory", "compute", "total")
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowConfig:
@@ -31,8 +30,9 @@ class RowConfig:
       model, options, plan: the store, and fields of `EngineOptions` and `Plan`.
       token_ids: a list for each sequence; the first `prompt_tokens` are its prompt.
       prompt_tokens: see there.
-      warm_up_s, measured_s: about so long; at least two steps each.
-      most_warm_up, most_measured: steps at most.
+      warm_up_s: about so long, and at least two steps.
+      most_warm_up: steps at most.
+      turn_s: steps that are told together take about so long.
     """
 
     model: str
@@ -41,13 +41,12 @@ class RowConfig:
     token_ids: list[list[int]]
     prompt_tokens: int
     warm_up_s: float
-    measured_s: float
     most_warm_up: int
-    most_measured: int
+    turn_s: float
 
 
-def measure(config: RowConfig) -> dict[str, Any]:
-    """Medians over the steps."""
+def measure(config: RowConfig, turns: Iterable[str]) -> dict[str, Any]:
+    """Runs as many turns as there are, and prints each; returns what the run was like."""
     plan, token_ids = Plan.from_json(config.plan), np.asarray(config.token_ids, np.int32)
     with Engine(open_store(Path(config.model)), EngineOptions(**config.options), plan=plan) as engine:
         engine.prepare(plan.num_seqs, plan.max_length)
@@ -57,17 +56,10 @@ def measure(config: RowConfig) -> dict[str, Any]:
         steps = _Steps(engine, token_ids, config.prompt_tokens)
         warm_up = config.most_warm_up if CACHED in plan.ffn else min(config.most_warm_up, 3)
         num_warm = len(steps.run(config.warm_up_s, warm_up))
-        samples = steps.run(config.measured_s, config.most_measured)
-        medians = {f"{name}_ms": statistics.median(sample[name] for sample in samples) / 1e6 for name in _PARTS}
-        return {
-            **medians,
-            "read_bytes": statistics.fmean(sample["bytes"] for sample in samples),
-            "reads": statistics.fmean(sample["reads"] for sample in samples),
-            "steps": len(samples),
-            "warm_up": num_warm,
-            "prompt_s": prompt_s,
-            "held_bytes": held_bytes(engine),
-        }
+        print(json.dumps({"ready": True}), flush=True)
+        for _ in turns:
+            print(json.dumps({"turn": steps.run(config.turn_s)}), flush=True)
+        return {"warm_up": num_warm, "prompt_s": prompt_s, "held_bytes": held_bytes(engine)}
 
 
 class _Steps:
@@ -77,8 +69,8 @@ class _Steps:
         self._engine, self._token_ids, self._prompt = engine, token_ids, prompt_tokens
         self._at = 0
 
-    def run(self, seconds: float, most: int) -> list[dict[str, float]]:
-        """What each step took, in ns, and what was read for it."""
+    def run(self, seconds: float, most: int = 1 << 30) -> list[dict[str, float]]:
+        """What each step took, in ms, and what was read for it."""
         samples: list[dict[str, float]] = []
         end = time.perf_counter() + seconds
         while len(samples) < 2 or (time.perf_counter() < end and len(samples) < most):
@@ -97,18 +89,18 @@ class _Steps:
         waited, managed = engine.times.io_wait_ns - times.io_wait_ns, engine.times.memory_ns - times.memory_ns
         read = {name: value - counters[name] for name, value in engine.pool.counters().items()}
         return {
-            "io_wait": waited,
-            "memory": managed,
-            "compute": total - waited - managed,
-            "total": total,
-            "bytes": read["bytes"] + read["gap_bytes"],
+            "io_wait_ms": waited / 1e6,
+            "memory_ms": managed / 1e6,
+            "compute_ms": (total - waited - managed) / 1e6,
+            "total_ms": total / 1e6,
+            "read_bytes": read["bytes"] + read["gap_bytes"],
             "reads": read["reads"],
         }
 
 
 def main() -> int:
     try:
-        result = measure(RowConfig(**json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))))
+        result = measure(RowConfig(**json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))), sys.stdin)
     except InflashError as error:
         print(json.dumps({"error": str(error)}), flush=True)
         return 1

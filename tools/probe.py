@@ -14,16 +14,15 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..errors import InflashError
-from ..storage.layout import bundles_path
 from ..storage.read_rate import read_rate
-from ..storage.shard_index import open_raw_array
-from ..storage.store import Store
+from ..storage.store import Store, open_store
 from .progress import progress_bar
 from .table import table
 
@@ -37,6 +36,7 @@ _CURVE_S, _KERNEL_S = 0.4, 0.25
 _HITS = (64, 512, 2048)  # predicted neurons of a step
 _REPETITIONS = 24
 _SWEPT_BYTES = 48 << 20
+_STREAMED_BYTES = 256 << 20
 _FETCHED = 1024  # neurons that loaders are asked for at once
 
 
@@ -65,36 +65,59 @@ def run(arguments: argparse.Namespace) -> int:
 
 def measure(scratch: Path, folder: Path) -> Any:
     """A `Device` for the disk of `folder`, measured with a file in `scratch` on the same disk."""
-    from ..pipeline.device import Device, ReadPoint, machine_of
+    from ..pipeline.device import Device, MachineState, machine_of
     from .bench_io import scratch_store
+    from .yardstick import Yardstick, neuron_files
 
-    steps = len(SIZES) * len(DEPTHS) + 5
+    steps = len(SIZES) * len(DEPTHS) + 6
     with progress_bar(total=steps, desc="measuring", unit=" steps") as bar:
         machine = machine_of(folder)
-        store = scratch_store(scratch / "store", _BUNDLE_BYTES, _FILE_MIB)
-        file, num_bytes = open_raw_array(store.path / bundles_path(0)).file, store.bundles.layer_bytes
+        own = scratch_store(scratch / "store", _BUNDLE_BYTES, _FILE_MIB)
+        store = open_store(folder) if (folder / "zarr.json").exists() else own
+        files = neuron_files(store)
+        yardstick = Yardstick(files, BATCHES)
         bar.update()
+        measured, pace = _kernels(yardstick)
+        bar.update()
+        states = [yardstick.measure() for _ in range(5)]
         curve = []
         for size in SIZES:
-            for depth in DEPTHS:
-                curve.append(ReadPoint(size=size, depth=depth, bytes_per_s=read_rate(file, num_bytes, size, depth, _CURVE_S)))
+            before = yardstick.measure()
+            rates = []
+            for number, depth in enumerate(DEPTHS):
+                file, file_bytes = files[(len(curve) + number) % len(files)]
+                rates.append((depth, read_rate(file, file_bytes, min(size, file_bytes), depth, _CURVE_S)))
                 bar.update()
-        streaming = _streaming(store)
+            states += [before, yardstick.measure()]
+            curve += [(size, depth, rate, MachineState.between(states[-2:])) for depth, rate in rates]
+        state = replace(MachineState.between(states), kernel_s=pace)
+        points = _curve_in(state, curve)
+        streaming = _streaming(store, yardstick, state)
         bar.update()
-        fetching = _fetching(store, curve)
+        fetching = _fetching(own, yardstick, state)
         bar.update()
-        kernels = _kernels() | {"gather": fetching.pop("gather"), "block": streaming.pop("block")}
-        bar.update()
+        kernels = measured | {"gather": fetching.pop("gather"), "block": streaming.pop("block")}
         dram = _dram()
         bar.update()
     return Device(
+        state=state,
         machine=machine,
         cores=len(os.sched_getaffinity(0)),
-        read_curve=tuple(curve),
+        read_curve=points,
         dram_bytes_per_s=dram,
         kernels=kernels,
         **streaming,
         **fetching,
+    )
+
+
+def _curve_in(state: Any, curve: Sequence[tuple[int, int, float, Any]]) -> tuple[Any, ...]:
+    """What was measured in many states, (size, depth, rate, state), as it would be in one: points of a `Device`."""
+    from ..pipeline.device import ReadPoint
+
+    return tuple(
+        ReadPoint(size=size, depth=depth, bytes_per_s=rate * state.random_bytes_per_s / then.random_bytes_per_s)
+        for size, depth, rate, then in curve
     )
 
 
@@ -110,7 +133,7 @@ def _line(sizes: Sequence[float], seconds: Sequence[float]) -> Any:
 
 
 class _Layer:
-    """The engine's ways through neurons, on a store's only layer, with loaders."""
+    """The engine's ways through neurons, on a store's layers, with loaders."""
 
     def __init__(self, store: Store, way: str, slots: int) -> None:
         from ..pipeline import native_library
@@ -122,21 +145,24 @@ class _Layer:
         from ..pipeline.slab import Slab, SlabPlan
         from ..pipeline.step_times import StepTimes
         from ..pipeline.weights import COMPUTE_DTYPES
+        from .yardstick import neuron_files
 
         native_library.choose()
         options, layout, config = EngineOptions(), SlabPlan(), store.config
+        layers = config.num_layers
         plan = Plan(
-            ffn=(way,), slots=(slots,), streamed_attention=(False,), streamed_head=False, predictor=None, prefetch=None,
-            loaders=options.loaders, queue_depth=options.queue_depth, merge_gap=0,
+            ffn=(way,) * layers, slots=(slots,) * layers, streamed_attention=(False,) * layers, streamed_head=False,
+            predictor=None, prefetch=None, loaders=options.loaders, queue_depth=options.queue_depth, merge_gap=0,
         )  # fmt: skip
         regions = LoaderPool.reserve(layout, options.loaders, config.d_ff)
         self._room = NeuronRows(layout, store.bundles, _FETCHED)
-        bias = [np.ones(config.d_ff, np.float32)]
+        bias = [np.ones(config.d_ff, np.float32)] * layers
         self.neurons = LayeredFeedForward(store, layout, bias, COMPUTE_DTYPES["bfloat16"], options, plan)
         self.slab = Slab(layout.num_bytes, large=layout.large)
         self.pool = LoaderPool(store, self.slab, regions, depth=options.queue_depth)
         self.neurons.bind(self.slab, self.pool)
         self.times, self._config, self.d_ff = StepTimes(), config, config.d_ff
+        self.files = neuron_files(store)
         self._other = np.ones(_SWEPT_BYTES // 8)
         if self.neurons.cached is not None:
             self.neurons.cached.observe(self.times)
@@ -185,24 +211,28 @@ class _Layer:
         self.slab.close()
 
 
-def _streaming(store: Store) -> dict[str, Any]:
-    """A layer streamed in blocks, several times over: the disk's rate, and what computing with a block takes meanwhile."""
+def _streaming(store: Store, yardstick: Any, state: Any) -> dict[str, Any]:
+    """Layers streamed in blocks: the disk's rate, and what computing with a block takes meanwhile."""
     from ..pipeline.device import Rate
     from ..pipeline.plan import BLOCK_BYTES, STREAMED
 
     rates, kernels, processor = [], {}, 0.0
-    num_bytes = store.bundles.layer_bytes
-    blocks = -(-num_bytes // BLOCK_BYTES)
+    layers = min(store.config.num_layers, max(1, _STREAMED_BYTES // store.bundles.layer_bytes))
+    num_bytes, blocks = layers * store.bundles.layer_bytes, layers * -(-store.bundles.layer_bytes // BLOCK_BYTES)
     with _Layer(store, STREAMED, 0) as layer:
         for batch in BATCHES:
             tile = layer.tile(batch)
             layer.neurons.add_step(0, tile).block_until_ready()
             samples = []
-            for _ in range(3):
+            for turn in range(4):
+                now = yardstick.measure()
                 began, waited, used = time.perf_counter(), layer.pool.wait_ns, layer.processor_s()
-                layer.neurons.add_step(0, tile).block_until_ready()
+                for number in range(layers):  # others than the last time, as far as there are
+                    layer.neurons.add_step((turn * layers + number) % store.config.num_layers, tile).block_until_ready()
                 elapsed, waited = time.perf_counter() - began, (layer.pool.wait_ns - waited) / 1e9
-                samples.append((elapsed - waited, num_bytes / elapsed, layer.processor_s() - used))
+                share = state.kernel_s[batch] / now.kernel_s[batch]
+                rate = num_bytes / elapsed * state.stream_bytes_per_s / now.stream_bytes_per_s
+                samples.append((share * (elapsed - waited), rate, share * (layer.processor_s() - used)))
             compute, rate, used = (statistics.median(values) for values in zip(*samples, strict=True))
             rates.append(rate)
             processor = used if batch == 1 else processor
@@ -213,7 +243,7 @@ def _streaming(store: Store) -> dict[str, Any]:
     return {"stream_bytes_per_s": max(rates), "stream_cpu_s": processor / num_bytes, "block": kernels}
 
 
-def _fetching(store: Store, curve: Sequence[Any]) -> dict[str, Any]:
+def _fetching(store: Store, yardstick: Any, state: Any) -> dict[str, Any]:
     """Steps of predicted neurons through a cache: all there, then all missing."""
     from ..pipeline.device import Rate
     from ..pipeline.plan import CACHED
@@ -232,62 +262,81 @@ def _fetching(store: Store, curve: Sequence[Any]) -> dict[str, Any]:
         for batch in BATCHES:
             seconds = {count: [] for count in _HITS}
             layer.neurons.cached.warm_up(layer.tile(batch, hot[:1]))
+            now = yardstick.measure()
             for turn in range(_REPETITIONS):
+                if turn % 6 == 5:
+                    now = yardstick.measure()
                 for count in _HITS:
                     elapsed, memory, missing = layer.timed_step(batch, np.sort(rng.choice(hot, count, replace=False)))
                     if turn and not missing:
-                        seconds[count].append(elapsed - memory)
-                        placing[count].append(memory)
+                        seconds[count].append((elapsed - memory) * state.kernel_s[batch] / now.kernel_s[batch])
+                        placing[count].append(memory * state.processor_s / now.processor_s)
             medians = [statistics.median(seconds[count]) for count in _HITS]
             gathers[batch] = _line([count * size for count in _HITS], medians)
         place = _line(_HITS, [statistics.median(placing[count]) for count in _HITS])
-        shares, single, processor = _missing(layer, curve, rng, hot)
-        others = np.setdiff1d(np.arange(d_ff, dtype=np.int32), hot)
-        asking = [
-            memory - place.seconds(_HITS[0])
-            for memory in (
-                layer.timed_step(1, np.sort(rng.choice(others, _HITS[0], replace=False)))[1] for _ in range(_REPETITIONS)
-            )
-        ]
+        shares, single, processor = _missing(layer, rng, hot)
+        processor *= state.processor_s / yardstick.measure().processor_s
+        ask = _asking(layer, rng, hot, place, yardstick, state)
     return {
         "gather": gathers,
         "placing": Rate(fixed_s=place.fixed_s, bytes_per_s=place.bytes_per_s),
-        "ask_s": max(statistics.median(asking), 1e-5),
+        "asking": ask,
         "request_s": single,
         "loader_share": shares,
         "read_cpu_s": processor,
     }
 
 
-def _missing(layer: _Layer, curve: Sequence[Any], rng: np.random.Generator, hot: np.ndarray) -> tuple[float, float, float]:
-    """The share of the queue's rate that loaders reach, a single neuron's time beyond its read, and processor time a read."""
+def _asking(layer: _Layer, rng: np.random.Generator, hot: np.ndarray, place: Any, yardstick: Any, state: Any) -> Any:
+    """The engine's own time for asking loaders for neurons and giving out slots, beyond that of placing as many."""
     others = np.setdiff1d(np.arange(layer.d_ff, dtype=np.int32), hot)
-    rates = {(point.size, point.depth): point.bytes_per_s for point in curve}
-    used, reads, waits = layer.processor_s(), 0, []
-    for _ in range(12):
+    seconds = {count: [] for count in _HITS}
+    now = yardstick.measure()
+    for turn in range(_REPETITIONS):
+        if turn % 8 == 7:
+            now = yardstick.measure()
+        for count in _HITS:
+            _, memory, missing = layer.timed_step(1, np.sort(rng.choice(others, count, replace=False)))
+            if missing > count / 2:
+                seconds[count].append(memory * state.processor_s / now.processor_s - place.seconds(count))
+    return _line(_HITS, [max(statistics.median(seconds[count]), 1e-5) for count in _HITS])
+
+
+def _missing(layer: _Layer, rng: np.random.Generator, hot: np.ndarray) -> tuple[float, float, float]:
+    """The share of the queue's rate that loaders reach, a single neuron's time beyond its read, and processor time a read.
+
+    A loader that has no time for more reads is as fast as that allows; the share is of the slower of both.
+    """
+    others, size = np.setdiff1d(np.arange(layer.d_ff, dtype=np.int32), hot), _BUNDLE_BYTES
+    ((file, file_bytes),) = layer.files
+    used, reads, waits, rates = layer.processor_s(), 0, [], []
+    for turn in range(12):
         some = np.sort(rng.choice(others, _FETCHED, replace=False))
         waits.append(layer.fetch(some))
         reads += len(some)
+        if turn % 4 == 3:
+            rates.append(read_rate(file, file_bytes, size, DEPTHS[-1], _CURVE_S / 4))
     processor = (layer.processor_s() - used) / reads
-    share = _FETCHED * _BUNDLE_BYTES / statistics.median(waits) / rates[_BUNDLE_BYTES, DEPTHS[-1]]
+    possible = min(statistics.median(rates), size / max(processor, 1e-9))
+    share = _FETCHED * size / statistics.median(waits) / possible
     alone = statistics.median(layer.fetch(np.sort(rng.choice(others, 1))) for _ in range(48))
-    single = max(alone - _BUNDLE_BYTES / rates[_BUNDLE_BYTES, 1], 2e-5)
+    single = max(alone - size / read_rate(file, file_bytes, size, 1, _CURVE_S / 4), 2e-5)
     return min(share, 1.0), single, processor
 
 
-def _kernels() -> dict[str, Any]:
-    """Attention, head and predictors at several widths."""
+def _kernels(yardstick: Any) -> tuple[dict[str, Any], Any]:
+    """Attention, head and predictors at several widths, and the yardstick's products beside which they took so long."""
     from .bench_kernels import kernel_seconds
 
     found: dict[str, dict[int, Any]] = {}
     names = {"attention": "attention", "head": "head", "predictor": "predictor", "two predictors": "predictor and look-ahead"}
-    measured = kernel_seconds(WIDTHS, BATCHES, tuple(names.values()), _KERNEL_S)
+    measured, pace = kernel_seconds(WIDTHS, BATCHES, tuple(names.values()), _KERNEL_S, yardstick.kernels)
     for name, kernel in names.items():
         found[name] = {}
         for batch in BATCHES:
             points = [measured[kernel, width, batch] for width in WIDTHS]
             found[name][batch] = _line([size for size, _ in points], [seconds for _, seconds in points])
-    return found
+    return found, pace
 
 
 def _dram() -> dict[int, float]:
@@ -329,4 +378,5 @@ def _report(device: Any, file: Path) -> None:
     print(table(["kernel", "batch", "us a call", "GB/s"], lines), end="\n\n")
     memory = ", ".join(f"{rate / 1e9:.1f} GB/s with {threads} threads" for threads, rate in device.dram_bytes_per_s.items())
     print(f"Memory reads {memory}. Placing neurons takes {1e6 * device.placing.fixed_s:.0f} us and")
-    print(f"{1e9 / device.placing.bytes_per_s:.0f} ns for each, asking loaders {1e6 * device.ask_s:.0f} us.\n\nkept in {file}")
+    print(f"{1e9 / device.placing.bytes_per_s:.0f} ns for each, asking loaders {1e6 * device.asking.fixed_s:.0f} us")
+    print(f"and {1e9 / device.asking.bytes_per_s:.0f} ns.\n\nkept in {file}")

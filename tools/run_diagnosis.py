@@ -3,9 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
-_BUSY = 0.5  # of the time reads are under way: then the disk, or how it is asked, decides
+_BUSY = 0.5  # of the wait reads are under way: then the disk, or how it is asked, decides
 _SHALLOW = 0.6  # of the best rate at this size: deeper would be faster
-_WORTH_SAYING = 1.25  # times as fast
 
 
 def limits(profile: dict[str, Any]) -> list[str]:
@@ -46,7 +45,18 @@ def _io_bound(profile: dict[str, Any]) -> tuple[str, str]:
     if deepest:
         rate, point = deepest
         now += f"; this disk gives {rate_text(rate)} at {size_text(point['size'])} with {point['depth']} under way"
-    return now + ".", _join(remedies, profile)
+    return now + "." + _between_reads(profile), _join(remedies, profile)
+
+
+def _between_reads(profile: dict[str, Any]) -> str:
+    """Where the engine waited much longer than the disk read: what loaders did meanwhile."""
+    waited, read = profile["token"]["io_wait_ms"] / max(profile["token"]["total_ms"], 1e-9), profile["reads"]["busy_share"]
+    if read > _BUSY * waited:
+        return ""
+    return (
+        f" So for most of the {100 * waited:.0f} % that the engine waited no read was under way: loaders were handing reads in and taking "
+        "them back, which costs processor time each time, and less for a read the more of them go together."
+    )
 
 
 def _deeper(reads: dict[str, Any], curve: Sequence[dict[str, Any]]) -> list[str]:

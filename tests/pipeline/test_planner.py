@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from inflash.errors import InflashError
 from inflash.pipeline.cost import CostModel
-from inflash.pipeline.device import Device, assumed_device
+from inflash.pipeline.device import Device, MachineState, assumed_device
 from inflash.pipeline.hit_curves import HitCurves, assumed_curves, count_misses
 from inflash.pipeline.memory_parts import total_bytes
 from inflash.pipeline.options import EngineOptions
@@ -154,3 +154,28 @@ def test_a_model_of_which_nothing_is_known_has_curves_for_every_batch() -> None:
     curve = found.of(1)[0]
     assert curve.named == pytest.approx(0.047 * D_FF, rel=0.15)
     assert list(curve.misses) == sorted(curve.misses, reverse=True) and curve.misses[-1] == 0
+
+
+def test_a_machine_that_others_use_is_as_much_slower_as_what_it_is_slow_at() -> None:
+    device = assumed_device()
+    state = device.state
+    slow = MachineState(
+        kernel_s={batch: 2 * each for batch, each in state.kernel_s.items()},
+        processor_s=3 * state.processor_s,
+        random_bytes_per_s=state.random_bytes_per_s / 4,
+        stream_bytes_per_s=state.stream_bytes_per_s / 5,
+    )
+    now = device.in_state(slow)
+    assert now.kernel_s("attention", 8, 1e8) == pytest.approx(2 * device.kernel_s("attention", 8, 1e8))
+    assert now.placing.seconds(100) == pytest.approx(3 * device.placing.seconds(100))
+    assert now.asking.seconds(100) == pytest.approx(3 * device.asking.seconds(100))
+    assert now.rate_at(8192, 16) == pytest.approx(device.rate_at(8192, 16) / 4)
+    assert now.stream_bytes_per_s == pytest.approx(device.stream_bytes_per_s / 5)
+    assert now.in_state(state).placing.seconds(100) == pytest.approx(device.placing.seconds(100))
+    assert MachineState.between([state, slow, slow]) == slow
+
+
+def test_a_loader_is_no_faster_than_its_processor_time_allows() -> None:
+    device = replace(assumed_device(), request_s=0.0, loader_share=1.0, read_cpu_s=1e-3)
+    assert device.read_s(1000, 4096, 128) == pytest.approx(1.0)
+    assert device.read_s(1000, 4096, 256, loaders=2) == pytest.approx(0.5)

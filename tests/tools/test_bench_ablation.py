@@ -22,7 +22,7 @@ from inflash.tools.cli import build_parser, main
 pytestmark = pytest.mark.filterwarnings(BUFFERED)
 
 LIMIT = str(600 << 20)
-SHORT = ["--tokens", "8", "--warm-up", "8", "--prompt-tokens", "16", "--loaders", "1"]
+SHORT = ["--tokens", "10", "--warm-up", "8", "--prompt-tokens", "16", "--loaders", "1"]
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ def test_every_row_is_measured(rows: dict[str, dict[str, Any]]) -> None:
 def test_each_part_reads_less(store: Store, rows: dict[str, dict[str, Any]]) -> None:
     flash = {name: figures["flash_bytes_per_token"] for name, figures in rows.items()}
     neurons = store.config.num_layers * store.bundles.layer_bytes
-    assert flash["hybrid"] == pytest.approx(neurons, rel=0.15)  # blocks are read ahead across tokens
+    assert flash["hybrid"] == pytest.approx(neurons, rel=0.15)  # up to 4 blocks are read for other tokens than these 10, of 3 each
     assert flash["naive"] > flash["hybrid"] + 0.5 * store.config.num_layers * 4 * store.config.d_model**2 * 2
     assert neurons > 3 * flash["predictor"] > 3 * flash["window"] > 0
     assert flash["bundles"] == flash["window"] == flash["overlap"]

@@ -1,6 +1,7 @@
 """`inflash bench plan`: a plan is run in a process of its own, and what it took stands beside what it was to take."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from inflash.pipeline.hit_curves import assumed_curves
 from inflash.pipeline.options import EngineOptions
 from inflash.pipeline.planner import Planner
 from inflash.storage.store import Store
+from inflash.tools import bench_plan, yardstick
 from inflash.tools.bench_plan import neighbours
 from inflash.tools.cli import main
 
@@ -27,15 +29,23 @@ def test_a_budget_is_predicted_run_and_compared_and_one_too_small_is_reported(
     store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for name, value in {"_ROWS": 256, "_DISK_S": 0.003}.items():
+        monkeypatch.setattr(yardstick, name, value)
     command = ["bench", "plan", str(store.path), "--budgets", "50", "--batch", "2", "--length", "64", "--seconds", "0.1"]
     assert main(command) == 0
     lines = capsys.readouterr().out.splitlines()
     (refused,) = json.loads(lines[-1])["rows"]
     assert "need at least" in refused["refused"] and any(line.startswith("batch 2, 50%") for line in lines)
-    assert main([*command, "--above-least", "--plot", str(tmp_path / "budgets.png")]) == 0
-    document = json.loads(capsys.readouterr().out.splitlines()[-1])
+    one = [("nothing read across", {"merge_gap": 0})]
+    monkeypatch.setattr(bench_plan, "neighbours", lambda _, planned: [(n, {}, replace(planned.plan, **c)) for n, c in one])
+    assert main([*command, "--above-least", "--grid", "--plot", str(tmp_path / "budgets.png")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    document = json.loads(lines[-1])
     (row,) = document["rows"]
+    (other,) = row["grid"]
+    assert other["measured"]["total_ms"] > 0 and f"{other['longer']:+.0%} at the plan's own pace" in "\n".join(lines)
     assert row["measured"]["total_ms"] > 0 and row["measured"]["steps"] >= 2
+    assert len(row["states"]) >= 2 and all(state["random_bytes_per_s"] > 0 for state in row["states"])
     assert row["error"] == pytest.approx(row["predicted"]["total_ms"] / row["measured"]["total_ms"] - 1)
     assert document["worst_error"] == document["median_error"] == abs(row["error"])
     assert row["peak_bytes"] is None or row["peak_bytes"] <= row["memory_bytes"] + (64 << 20)

@@ -11,7 +11,7 @@ from tiny_models import BUFFERED
 from inflash.pipeline import calibration, device
 from inflash.pipeline.hit_curves import find_curves
 from inflash.storage.store import Store
-from inflash.tools import probe
+from inflash.tools import probe, yardstick
 from inflash.tools.cli import main
 
 pytestmark = pytest.mark.filterwarnings(BUFFERED)
@@ -28,10 +28,12 @@ def quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     for name, value in {
         "SIZES": (4096, 16384), "DEPTHS": (1, 4), "BATCHES": (1,), "WIDTHS": (64, 128), "_FILE_MIB": 16, "_CURVE_S": 0.02,
-        "_KERNEL_S": 0.01, "_HITS": (64, 128), "_REPETITIONS": 3, "_FETCHED": 64,
+        "_KERNEL_S": 0.01, "_STREAMED_BYTES": 1 << 20, "_HITS": (64, 128), "_REPETITIONS": 3, "_FETCHED": 64,
     }.items():  # fmt: skip
         monkeypatch.setattr(probe, name, value)
     monkeypatch.setattr(probe, "_BUNDLE_BYTES", 4096)
+    for name, value in {"_ROWS": 256, "_DISK_S": 0.003, "_PLACINGS": 2}.items():
+        monkeypatch.setattr(yardstick, name, value)
     monkeypatch.setattr(calibration, "TOKENS", 128)
 
 

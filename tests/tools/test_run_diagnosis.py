@@ -43,6 +43,15 @@ def test_a_starved_run_is_told_how_the_disk_is_asked_and_what_it_could_give() ->
     assert "25 % of those named were in a cache of 5 %" in advice and "--cache-neurons" in advice
 
 
+def test_loaders_that_are_busy_with_themselves_are_named() -> None:
+    between = "no read was under way: loaders were handing reads in"
+    assert between not in limits(profile())[1]
+    assert (
+        f"for most of the 79 % that the engine waited {between}"
+        in limits(profile(reads={**profile()["reads"], "busy_share": 0.3}))[1]
+    )
+
+
 def test_a_disk_at_its_limit_is_not_blamed_on_the_flags() -> None:
     reads = {**profile()["reads"], "depth": 128, "mean_under_way": 90.0, "bytes_per_s": 1.5e9, "mean_bytes": 65536.0}
     _, _, advice = limits(profile(reads=reads, cache={"share": 1.0}))

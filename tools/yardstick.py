@@ -1,0 +1,91 @@
+"""How fast this machine is right now, by pieces of work that never change: what predictions made at another time are scaled by.
+
+On a machine that others use, too, memory, processors and disk vary by a factor of two within seconds, far more than plans differ.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from itertools import cycle, islice
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ..kernels.compilation import jit
+from ..kernels.linear import linear
+from ..pipeline import native_library
+from ..pipeline.device import MachineState
+from ..pipeline.neuron_cache import make_cache
+from ..storage.layout import bundles_path
+from ..storage.read_rate import read_rate
+from ..storage.shard_index import open_raw_array
+from ..storage.store import Store
+
+_ROWS, _COLUMNS = 16384, 4096  # 128 MiB in bf16: beyond any cache
+_READ_BYTES, _READ_DEPTH = 8 << 10, 128
+_BLOCK_BYTES, _BLOCK_DEPTH = 512 << 10, 12
+_DISK_S, _FILES_AT_ONCE = 0.24, 3
+_NEURONS, _SLOTS, _NAMED, _PLACINGS = 8192, 2048, 400, 24
+
+
+class Yardstick:
+    """The pieces of work, ready to be timed."""
+
+    def __init__(self, files: Sequence[tuple[Path, int]], batches: Iterable[int]) -> None:
+        """Compiles.
+
+        Args:
+          files: on the disk in question, and their sizes; taken in turn. A store's own, where one is to be read: a disk is faster with
+            what was written or read lately.
+          batches: numbers of sequences that products are timed for.
+        """
+        native_library.choose()
+        self._files = cycle(files)
+        product, weight = jit(linear), jnp.resize(jnp.linspace(-1, 1, 4096, dtype=jnp.bfloat16), (_ROWS, _COLUMNS))
+        self._products = {batch: partial(product, jnp.ones((batch, _COLUMNS), jnp.float32), weight) for batch in batches}
+        rng = np.random.default_rng(0)
+        self._named = [np.sort(rng.choice(_NEURONS, _NAMED, replace=False)).astype(np.int32) for _ in range(_PLACINGS)]
+        self.measure()  # compiles
+
+    def measure(self) -> MachineState:
+        """About a third of a second."""
+        return MachineState(
+            kernel_s=self.kernels(),
+            processor_s=min(_seconds(self._place) for _ in range(3)),
+            random_bytes_per_s=self._reading(_READ_BYTES, _READ_DEPTH, in_order=False),
+            stream_bytes_per_s=self._reading(_BLOCK_BYTES, _BLOCK_DEPTH, in_order=True),
+        )
+
+    def kernels(self) -> dict[int, float]:
+        """Only the products."""
+        return {
+            batch: statistics.median(_seconds(lambda call=call: jax.block_until_ready(call())) for _ in range(2))
+            for batch, call in self._products.items()
+        }
+
+    def _reading(self, size: int, depth: int, *, in_order: bool) -> float:
+        rates = []
+        for file, file_bytes in islice(self._files, _FILES_AT_ONCE):
+            rates.append(read_rate(file, file_bytes, min(size, file_bytes), depth, _DISK_S / _FILES_AT_ONCE, in_order=in_order))
+        return statistics.fmean(rates)
+
+    def _place(self) -> None:
+        cache = make_cache(_NEURONS, _SLOTS, "lfu", None)
+        for neuron_ids in self._named:
+            cache.begin_token()
+            cache.place(neuron_ids)
+
+
+def neuron_files(store: Store) -> list[tuple[Path, int]]:
+    """The files of a store's bundles and their sizes, in an order that has neighbours far apart."""
+    layers = np.random.default_rng(0).permutation(store.config.num_layers).tolist()
+    return [(open_raw_array(store.path / bundles_path(layer)).file, store.bundles.layer_bytes) for layer in layers]
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    call()
+    return time.perf_counter() - began
