@@ -42,21 +42,25 @@ class BlockPool:
         """Blocks that nobody holds."""
         return len(self._free)
 
+    def num_cached(self, token_ids: np.ndarray) -> int:
+        """How many positions of a prompt [T] int32 are held already, at least one fewer than it has: its last token has to be computed."""
+        return len(self._match(token_ids)[0]) * BLOCK_SIZE
+
     def take(self, token_ids: np.ndarray, num_positions: int) -> tuple[list[int], int] | None:
         """Blocks for a sequence, the first of them shared where its prompt begins as one before it did.
 
-        Whoever shares a block reads it after the one before has written it: prompts are to be processed in the order of these calls.
+        Whoever shares a block reads it after the first has written it: prompts are to be processed in the order of these calls.
 
         Args:
           token_ids: [T] int32, its prompt.
           num_positions: that it may reach.
 
         Returns:
-          the blocks, in the order of their positions, and how many positions of the prompt they hold already, at least one fewer than
-          it has; None: too few are free, and nothing was taken.
+          the blocks, in the order of their positions, and how many positions of the prompt they hold already, see `num_cached`; None: too
+          few are free, and nothing was taken.
         """
         names = _full_blocks(token_ids)
-        shared, before = self._match(names[: max(0, len(token_ids) - 1) // BLOCK_SIZE])
+        shared, before = self._match(token_ids)
         needed = num_blocks_for(num_positions) - len(shared)
         if needed > self.num_free - sum(not self._holders[block] for block in shared):
             return None
@@ -74,10 +78,10 @@ class BlockPool:
             if not self._holders[block]:
                 self._free[block] = None
 
-    def _match(self, names: Sequence[bytes]) -> tuple[list[int], int]:
-        """The blocks that hold a prompt's beginning, and the name of what the last one holds."""
+    def _match(self, token_ids: np.ndarray) -> tuple[list[int], int]:
+        """The blocks that hold a prompt's beginning, its last token excepted, and the name of what they hold."""
         blocks, before = [], _NOTHING_BEFORE
-        for tokens in names:
+        for tokens in _full_blocks(token_ids[:-1]):
             block = self._found.get((before, tokens))
             if block is None:
                 break

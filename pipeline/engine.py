@@ -57,9 +57,7 @@ class Engine:
     Attributes:
       config, store, options, plan: what it was made from.
       times: what the run has cost so far.
-      num_seqs: B, set by `prepare`.
-      capacity: C, set by `prepare`.
-      kv_cache: keys and values, set by `prepare`.
+      kv_cache: keys and values of as many sequences as `prepare` has made room for.
       weights, matrices, neurons, shape, compute: what is resident, where matrices and neurons come from, the layers' static shape
         and the products' dtype, for passes over a model that go another way than `process_prompts` and `decode`.
     """
@@ -89,7 +87,6 @@ class Engine:
         self.plan = plan or plan_from_options(store, options)
         self.store, self.config, self.options = store, store.config, options
         self.times, self._trace = times or StepTimes(), recorder()
-        self.num_seqs = self.capacity = 0
         self._closed, self._broken, self._split_rows = False, False, split_rows
         self._live: LivePage | None = None
         self._recall: RecallProbe | None = None
@@ -100,6 +97,7 @@ class Engine:
             norm_epsilon=store.config.norm_epsilon,
             compute_dtype=self.compute.name,
         )
+        self.kv_cache = KVCache(self.config, self.shape, 0, 0)
         self._memory_parts = memory_parts(store, options, self.plan)
         check_fits(self._memory_parts, "use --ffn hybrid, a smaller --cache-neurons, or a machine with more memory")
         with self._trace.span(START):
@@ -180,31 +178,24 @@ class Engine:
         if num_seqs == self.num_seqs and capacity <= self.capacity and num_blocks <= self.kv_cache.pool.num_blocks:
             self.kv_cache.share_out()
             return
-        if self.num_seqs:
-            del self.kv_cache
-        self.num_seqs = self.capacity = 0  # should what follows be refused
-        room = f"{num_seqs} x {capacity}" if num_positions is None else f"{num_blocks * BLOCK_SIZE}"
-        check_fits(
-            {f"KV cache of {room} tokens": kv_cache_bytes(self.store, num_blocks * BLOCK_SIZE)},
-            "use a smaller --max-num-seqs or --max-model-len",
-        )
+        self.kv_cache = KVCache(self.config, self.shape, 0, 0)  # before the next one, and should what follows be refused
+        room, advice = num_blocks * BLOCK_SIZE, "use a smaller --max-num-seqs or --max-model-len"
+        check_fits({f"KV cache of {room} tokens for {num_seqs} sequences": kv_cache_bytes(self.store, room)}, advice)
         self.kv_cache = KVCache(self.config, self.shape, num_seqs, max_length, num_blocks=num_blocks)
-        self.num_seqs, self.capacity = num_seqs, capacity
         with self._trace.span(COMPILE):
             self._warm_up()
             trim()  # compiling leaves much behind
 
-    def process_prompts(self, prompts: Sequence[tuple[int, np.ndarray] | tuple[int, np.ndarray, int]]) -> jax.Array:
-        """Runs prompts into the KV cache, layer by layer, every streamed block used for all of them.
-
-        Args:
-          prompts: sequence, token ids, and the position of the first of them, 0 where it is not said: what comes before it is there.
+    def process_prompts(self, prompts: Sequence[tuple[int, np.ndarray]]) -> jax.Array:
+        """Runs prompts (sequence, token ids) into the KV cache, layer by layer, every streamed block used for all of them.
 
         Returns:
           [B, V] f32: row s is the logits after the last token of sequence s; rows of other sequences mean nothing.
         """
-        with self._timed_prompt(sum(len(prompt[1]) for prompt in prompts)):
-            chunks = [chunk for prompt in prompts for chunk in split_prompt(*prompt)]
+        num_cached = self.kv_cache.num_cached
+        self.times.cached_tokens += sum(num_cached[sequence] for sequence, _ in prompts)
+        chunks = [chunk for sequence, ids in prompts for chunk in split_prompt(sequence, ids, num_cached[sequence])]
+        with self._timed_prompt(sum(chunk.count for chunk in chunks)):
             outputs = self._run_chunks(chunks)
             hidden = zeros((self.num_seqs, self.config.d_model))
             for chunk, x in zip(chunks, outputs, strict=True):  # a sequence's last chunk comes last
@@ -214,7 +205,7 @@ class Engine:
     def all_logits(self, token_ids: np.ndarray) -> np.ndarray:
         """[T] token ids to [T, V] f32 logits, each token's feed-forward neurons chosen as a decoding step would."""
         longest = max(len(token_ids), min(self.capacity, self.config.max_positions))
-        held = self.kv_cache.pool.num_blocks * BLOCK_SIZE if self.num_seqs else 0
+        held = self.kv_cache.pool.num_blocks * BLOCK_SIZE
         self.prepare(max(self.num_seqs, 1), longest, max(held, len(token_ids)))
         with self._timed_prompt(len(token_ids)):
             chunks = split_prompt(0, token_ids)
@@ -264,12 +255,21 @@ class Engine:
 
     def memory_bytes(self) -> dict[str, int]:
         """What the engine holds, in bytes by name."""
-        kv_bytes = self.kv_cache.num_bytes if self.num_seqs else 0
-        return {**self._memory_parts, "KV cache": kv_bytes, "slab": self._slab.num_bytes}
+        return {**self._memory_parts, "KV cache": self.kv_cache.num_bytes, "slab": self._slab.num_bytes}
 
     def neuron_memory_bytes(self) -> int:
         """Of that, what keeps or finds feed-forward neurons while decoding: cached rows and the predictor."""
         return self._memory_parts["neurons"] + self._memory_parts["predictor"]
+
+    @property
+    def num_seqs(self) -> int:
+        """B, which `prepare` sets."""
+        return self.kv_cache.num_seqs
+
+    @property
+    def capacity(self) -> int:
+        """C, which `prepare` sets."""
+        return self.kv_cache.capacity
 
     @property
     def pool(self) -> LoaderPool:

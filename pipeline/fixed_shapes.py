@@ -49,9 +49,9 @@ class Chunk:
 
 
 def split_prompt(sequence: int, token_ids: np.ndarray, first: int = 0) -> list[Chunk]:
-    """A prompt, or what follows its position `first`, in chunks of the largest size, the rest padded to the smallest that holds it."""
+    """A prompt from its position `first` on, in chunks of the largest size, the rest padded to the smallest that holds it."""
     chunks = []
-    for start in range(0, len(token_ids), CHUNK_SIZES[-1]):
+    for start in range(first, len(token_ids), CHUNK_SIZES[-1]):
         part = token_ids[start : start + CHUNK_SIZES[-1]]
-        chunks.append(Chunk(sequence, first + start, len(part), padded(part, fitting(len(part), CHUNK_SIZES))))
+        chunks.append(Chunk(sequence, start, len(part), padded(part, fitting(len(part), CHUNK_SIZES))))
     return chunks

@@ -18,9 +18,9 @@ _attention_chunk = jit(attention_chunk, static_argnames=("shape", "num_positions
 
 
 def num_cache_blocks(num_seqs: int, max_length: int, num_positions: int | None = None) -> int:
-    """N for B sequences: enough for so many positions in all; None: for all of them at their longest."""
-    longest = num_blocks_for(capacity_for(max_length))
-    return num_seqs * longest if num_positions is None else min(num_seqs * longest, num_blocks_for(num_positions))
+    """N for B sequences: a power of two that holds so many positions, and no more than all need at their longest; None: just these."""
+    most = num_seqs * num_blocks_for(capacity_for(max_length))
+    return most if num_positions is None else min(most, 1 << (num_blocks_for(num_positions) - 1).bit_length())
 
 
 class KVCache:
@@ -29,6 +29,7 @@ class KVCache:
     Attributes:
       pool: the blocks.
       num_seqs, capacity: B, and the positions that a table has room for.
+      num_cached: for each sequence how many positions of its prompt were there already when it was admitted.
     """
 
     def __init__(
@@ -41,11 +42,11 @@ class KVCache:
         num_blocks: int | None = None,
         num_layers: int | None = None,
     ) -> None:
-        """Makes room; every sequence has all the blocks that `share_out` gives it.
+        """Makes room, and shares it out.
 
         Args:
           config, shape: the model, and what its layers are compiled for.
-          num_seqs, max_length: B, and the longest that a sequence can become.
+          num_seqs, max_length: B, which may be 0, and the longest that a sequence can become.
           num_blocks: N; None: as many as let all sequences become so long.
           num_layers: that keep keys and values; None: the model's.
         """
@@ -65,6 +66,7 @@ class KVCache:
     def clear(self) -> None:
         """Takes every sequence's blocks away; nothing of what they hold is found again."""
         self.pool = BlockPool(self.pool.num_blocks)
+        self.num_cached = [0] * self.num_seqs
         self._held = [[] for _ in range(self.num_seqs)]
         self._tables = np.full((self.num_seqs, self.capacity // BLOCK_SIZE), self.pool.num_blocks, np.int32)
 
@@ -75,25 +77,22 @@ class KVCache:
             positions = min(self.capacity, self.pool.num_free * BLOCK_SIZE)
             self.admit(sequence, np.zeros(0, np.int32), positions)
 
-    def admit(self, sequence: int, token_ids: np.ndarray, num_positions: int) -> int | None:
-        """Gives a sequence that has none its blocks.
+    def admit(self, sequence: int, token_ids: np.ndarray, num_positions: int) -> bool:
+        """Gives a sequence that has none its blocks, and says whether enough are free.
+
+        What is admitted first is to be processed first: later prompts may share its blocks.
 
         Args:
           sequence: which, below B.
           token_ids: [T] int32, its prompt.
           num_positions: that it may reach.
-
-        Returns:
-          positions of the prompt whose keys and values are there already, or will be once the prompts admitted before are processed; None:
-          too few blocks are free.
         """
         taken = self.pool.take(token_ids, num_positions)
         if taken is None:
-            return None
-        blocks, num_cached = taken
-        self._held[sequence] = blocks
-        self._tables[sequence, : len(blocks)] = blocks
-        return num_cached
+            return False
+        self._held[sequence], self.num_cached[sequence] = taken
+        self._tables[sequence, : len(taken[0])] = taken[0]
+        return True
 
     def release(self, sequence: int) -> None:
         """Takes a sequence's blocks back."""

@@ -34,7 +34,7 @@ class Plan:
       prefetch: the look-ahead predictor; None: nothing is read before its layer.
       loaders, queue_depth, merge_gap: see `EngineOptions`.
       block_bytes: of a block of neurons that is streamed.
-      prompt_tokens: tokens of prompts that pass through the layers together, between two decoding steps.
+      prompt_tokens: tokens of prompts that pass through the layers together, unless one prompt alone has more.
       num_seqs, max_length: sequences decoded together, and the longest; 0 where `Engine.prepare` decides.
       kv_positions: of the KV cache, which sequences of any length share; 0 where `Engine.prepare` decides.
     """

@@ -58,10 +58,9 @@ class Scheduler:
             if not waiting and not any(slots):
                 return
             running = [(row, c) for row, c in enumerate(slots) if c is not None]
-            prompts = self._admit(slots, waiting, self._engine.plan.prompt_tokens)
-            if prompts:
-                logits = self._engine.process_prompts(prompts)
-                admitted = [(row, c) for row, *_ in prompts if (c := slots[row]) is not None]
+            admitted = self._admit(slots, waiting, self._engine.plan.prompt_tokens)
+            if admitted:
+                logits = self._engine.process_prompts([(row, _prompt(c)) for row, c in admitted])
                 for _, c in admitted:
                     progress[c.request.number].mark("first_scheduled_time")
                 self._extend(logits, admitted, on_tokens)
@@ -103,27 +102,21 @@ class Scheduler:
 
     def _admit(
         self, slots: list[Continuation | None], waiting: deque[Continuation], most_tokens: int
-    ) -> list[tuple[int, np.ndarray, int]]:
-        """Puts waiting continuations into free slots, in order, as many as pass through the layers together and have room in the KV cache.
-
-        Returns:
-          what is left of each prompt to process: its row, the tokens, and the position of the first.
-        """
-        admitted: list[tuple[int, np.ndarray, int]] = []
-        num_tokens = 0
+    ) -> list[tuple[int, Continuation]]:
+        """Puts waiting continuations into free slots, in order: as many as pass through the layers together and find free blocks."""
+        cache, admitted, num_tokens = self._engine.kv_cache, list[tuple[int, Continuation]](), 0
         for row in (row for row, occupant in enumerate(slots) if occupant is None):
             if not waiting:
                 break
-            token_ids = np.asarray(waiting[0].request.prompt_token_ids, np.int32)
-            if admitted and num_tokens + len(token_ids) > most_tokens:
+            token_ids = _prompt(waiting[0])
+            num_tokens += len(token_ids) - cache.pool.num_cached(token_ids)
+            if admitted and num_tokens > most_tokens:
                 break
-            num_cached = self._engine.kv_cache.admit(row, token_ids, len(token_ids) + waiting[0].most_tokens)
-            if num_cached is None:
+            if not cache.admit(row, token_ids, len(token_ids) + waiting[0].most_tokens):
                 break
-            num_tokens += len(token_ids) - num_cached
-            self._engine.times.cached_tokens += num_cached
-            slots[row] = waiting.popleft()
-            admitted.append((row, token_ids[num_cached:], num_cached))
+            continuation = waiting.popleft()
+            slots[row] = continuation
+            admitted.append((row, continuation))
         return admitted
 
     def _decode(self, running: Iterable[tuple[int, Continuation]]) -> jax.Array:
@@ -154,3 +147,8 @@ class Scheduler:
                 state.mark("finished_time")
                 del progress[continuation.request.number]
                 yield state.output()
+
+
+def _prompt(continuation: Continuation) -> np.ndarray:
+    """[T] int32."""
+    return np.asarray(continuation.request.prompt_token_ids, np.int32)

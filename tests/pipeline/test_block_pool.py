@@ -23,13 +23,14 @@ def test_blocks_are_shared_by_equal_beginnings_only(steps):
             text, length, more = step
             token_ids = np.full(length, text, np.int32)
             free, held = pool.num_free, Counter(block for blocks in running for block in blocks)
+            expected = pool.num_cached(token_ids)
             taken = pool.take(token_ids, length + more)
             if taken is None:
                 assert pool.num_free == free < num_blocks_for(length + more)
                 continue
             blocks, num_cached = taken
             shared = num_cached // BLOCK_SIZE
-            assert num_cached % BLOCK_SIZE == 0 and num_cached < length
+            assert num_cached % BLOCK_SIZE == 0 and num_cached == expected < length
             assert len(set(blocks)) == len(blocks) == num_blocks_for(length + more)
             assert all(written[block] == (text, place) for place, block in enumerate(blocks[:shared]))
             assert not any(held[block] for block in blocks[shared:])
