@@ -10,6 +10,7 @@ a sequence's length are never looked at.
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from .native import native_attend, serves_cache
 from .row_products import join_spans, mix, one_pass_sums, row_spans
@@ -50,6 +51,7 @@ def attend_decode(
         return native_attend(query, keys, values, tables, lengths)
     batch, num_heads, head_dim = query.shape
     looked_at = tables.shape[1] * keys.shape[2] if num_positions is None else num_positions
+    tables = lax.optimization_barrier(jnp.minimum(tables, keys.shape[1] - 1))  # here, or once for every row
     query = (query * head_dim**-0.5).swapaxes(0, 1)[:, :, None]
     products = [_rows(keys, tables, start, stop) * query for start, stop in row_spans(looked_at, _SPANS)]
     scores = join_spans(one_pass_sums(products, axis=3), looked_at)  # [H, B, P]
@@ -62,11 +64,12 @@ def attend_decode(
 
 
 def _rows(cache: jax.Array, tables: jax.Array, start: int, stop: int) -> jax.Array:
-    """Positions of every sequence: [H, B, stop - start, head_dim], an expression to fuse."""
-    num_heads, num_blocks, size, head_dim = cache.shape
-    positions = jnp.arange(start, stop)
-    found = tables[:, positions // size] * size + positions[None] % size
-    return cache.reshape(num_heads, num_blocks * size, head_dim).at[:, found].get(mode="clip")
+    """Positions of every sequence, whose tables name blocks only: [H, B, stop - start, head_dim], an expression to fuse."""
+    num_heads, _, size, head_dim = cache.shape
+    first, end = start // size, -(-stop // size)
+    blocks = cache.at[:, tables[:, first:end]].get(mode="promise_in_bounds")
+    rows = blocks.reshape(num_heads, len(tables), (end - first) * size, head_dim)
+    return rows[:, :, start - first * size : stop - first * size]
 
 
 def append_chunk(
