@@ -30,7 +30,7 @@ from .layered_feed_forward import LayeredFeedForward
 from .live import LivePage, about_run
 from .loader_pool import LoaderPool
 from .matrix_source import MatrixSource, ResidentMatrices, StreamedMatrices
-from .memory_parts import kv_cache_bytes, memory_parts
+from .memory_parts import check_kv_cache, fitting_positions, memory_parts
 from .neuron_rows import NeuronRows
 from .options import EngineOptions
 from .plan import CACHED, Plan, guessed_layers, plan_from_options
@@ -165,7 +165,8 @@ class Engine:
 
         Args:
           num_seqs, max_length: B, and the longest of them.
-          num_positions: of the KV cache, in all; None: room for all sequences at their longest.
+          num_positions: of the KV cache, in all, or as many of them as fit, which are enough for one sequence; None: room for all
+            sequences at their longest.
 
         Raises:
           InflashError: the model has fewer positions, or the KV cache does not fit.
@@ -174,14 +175,15 @@ class Engine:
             raise InflashError("this model was closed; make a new LLM")
         if max_length > self.config.max_positions:
             raise InflashError(f"length: the model has {self.config.max_positions} positions, found {max_length} asked for")
-        capacity, num_blocks = capacity_for(max_length), num_cache_blocks(num_seqs, max_length, num_positions)
-        if num_seqs == self.num_seqs and capacity <= self.capacity and num_blocks <= self.kv_cache.pool.num_blocks:
+        capacity, room = capacity_for(max_length), BLOCK_SIZE * num_cache_blocks(num_seqs, max_length, num_positions)
+        if num_seqs == self.num_seqs and capacity <= self.capacity and room <= self.kv_cache.num_positions:
             self.kv_cache.share_out()
             return
         self.kv_cache = KVCache(self.config, self.shape, 0, 0)  # before the next one, and should what follows be refused
-        room, advice = num_blocks * BLOCK_SIZE, "use a smaller --max-num-seqs or --max-model-len"
-        check_fits({f"KV cache of {room} tokens for {num_seqs} sequences": kv_cache_bytes(self.store, room)}, advice)
-        self.kv_cache = KVCache(self.config, self.shape, num_seqs, max_length, num_blocks=num_blocks)
+        if num_positions is not None:
+            room = fitting_positions(self.store, room, least=capacity)
+        check_kv_cache(self.store, room)
+        self.kv_cache = KVCache(self.config, self.shape, num_seqs, max_length, num_blocks=room // BLOCK_SIZE)
         with self._trace.span(COMPILE):
             self._warm_up()
             trim()  # compiling leaves much behind
@@ -205,8 +207,7 @@ class Engine:
     def all_logits(self, token_ids: np.ndarray) -> np.ndarray:
         """[T] token ids to [T, V] f32 logits, each token's feed-forward neurons chosen as a decoding step would."""
         longest = max(len(token_ids), min(self.capacity, self.config.max_positions))
-        held = self.kv_cache.pool.num_blocks * BLOCK_SIZE
-        self.prepare(max(self.num_seqs, 1), longest, max(held, len(token_ids)))
+        self.prepare(max(self.num_seqs, 1), longest, max(self.kv_cache.num_positions, len(token_ids)))
         with self._timed_prompt(len(token_ids)):
             chunks = split_prompt(0, token_ids)
             logits = self.matrices.logits(self._run_chunks(chunks, predict=True))

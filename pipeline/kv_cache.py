@@ -60,6 +60,11 @@ class KVCache:
         self.share_out()
 
     @property
+    def num_positions(self) -> int:
+        """Of all blocks together."""
+        return self.pool.num_blocks * BLOCK_SIZE
+
+    @property
     def num_bytes(self) -> int:
         return sum(array.nbytes for array in (*self._keys, *self._values))
 

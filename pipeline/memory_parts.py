@@ -9,7 +9,7 @@ from ..errors import InflashError
 from ..storage.store import Store
 from .feed_forward import STREAM_BUFFERS, block_rows
 from .fixed_shapes import CHUNK_SIZES, capacity_for
-from .host_memory import program_bytes
+from .host_memory import available_bytes, check_fits, program_bytes
 from .options import EngineOptions
 from .plan import CACHED, RESIDENT, Plan, guessed_layers, plan_from_options
 from .predictors import predictor_bytes
@@ -43,6 +43,19 @@ def kv_cache_bytes(store: Store, num_positions: int) -> int:
     """Of so many positions, float32."""
     config = store.config
     return 2 * config.num_layers * num_positions * config.d_model * np.dtype(np.float32).itemsize
+
+
+def fitting_positions(store: Store, wanted: int, least: int) -> int:
+    """Positions of a KV cache: as many as are wanted, halved until memory has room for them, but at least so many."""
+    while wanted > least and kv_cache_bytes(store, wanted) > available_bytes():
+        wanted = max(wanted // 2, least)
+    return wanted
+
+
+def check_kv_cache(store: Store, num_positions: int) -> None:
+    """Raises InflashError, with the figures, where memory has no room for so many positions."""
+    needed = {f"KV cache of {num_positions} tokens": kv_cache_bytes(store, num_positions)}
+    check_fits(needed, "use a smaller --max-num-seqs or --max-model-len")
 
 
 def activation_bytes(store: Store, plan: Plan) -> int:

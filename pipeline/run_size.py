@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from .block_pool import BLOCK_SIZE, num_blocks_for
 from .requests import Request
@@ -39,6 +39,11 @@ class RunSize:
         self.lengths[length] += params.n
         kind = (params.greedy, params.filtered, params.penalized, params.logprobs, params.min_tokens > 0)
         self.kinds.setdefault((*kind, len(params.stop_token_ids or ())), params)
+
+    def up_to(self, longest: int, max_length: int) -> "RunSize":
+        """Without the continuations that become longer than `longest`; none becomes longer than `max_length`."""
+        lengths = Counter({length: count for length, count in self.lengths.items() if min(length, max_length) <= longest})
+        return replace(self, num_sequences=lengths.total(), longest=max(lengths, default=0), lengths=lengths)
 
     def num_positions(self, num_seqs: int, max_length: int) -> int:
         """Of a KV cache in which the longest `num_seqs` continuations, none beyond `max_length`, fit beside each other."""

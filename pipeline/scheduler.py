@@ -115,6 +115,7 @@ class Scheduler:
             if not cache.admit(row, token_ids, len(token_ids) + waiting[0].most_tokens):
                 break
             continuation = waiting.popleft()
+            continuation.num_cached_tokens = cache.num_cached[row]
             slots[row] = continuation
             admitted.append((row, continuation))
         return admitted
