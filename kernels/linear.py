@@ -27,7 +27,7 @@ def linear(
     """
     dtype = weight.dtype if compute_dtype is None else compute_dtype
     num_outputs = weight.shape[0]
-    if serves(x.shape[0], dtype, weight):
+    if serves(x.shape[0], dtype, weight, many=True):
         return native_linear(x, weight, bias)
     if x.shape[0] <= FEW_ROWS and num_outputs >= _FEWEST_OUTPUTS:
         product = dot_rows(rounded(x, dtype), lambda start, stop: weight[start:stop].astype(dtype), num_outputs)

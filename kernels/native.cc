@@ -3,6 +3,7 @@
 // Axes: B batch (1 to 8), K inputs of a linear layer, N its outputs, D d_model, F d_ff, S slots, R predictor rank,
 // H heads, N blocks of the KV cache, P positions of a block, M blocks of a sequence's table.
 
+#include "native_many.h"
 #include "native_rows.h"
 
 #include <cmath>
@@ -127,6 +128,55 @@ void add_neurons(ffi::ThreadPool& pool, const Neurons<typename Format::Element>&
              {(width + columns - 1) / columns, mix}});
 }
 
+// `linear` for any number of vectors.
+template <class Format>
+void linear_many(ffi::ThreadPool& pool, const float* x, const typename Format::Element* weight, const float* bias, float* out, int64_t batch,
+                 int64_t num_rows, int64_t width) {
+  const auto row = [=](int64_t n) { return weight + n * width; };
+  const auto use = [=](int64_t n, const float* sums) {
+    for (int64_t b = 0; b < batch; ++b) out[b * num_rows + n] = sums[b] + (bias ? bias[n] : 0.0f);
+  };
+  run(pool, {dot_many<Format>(num_rows, width, side_by_side<Format>(x, batch, width), batch, row, use)});
+}
+
+// `add_neurons` for any number of sequences: every row for all of them.
+template <class Format>
+void add_neurons_many(ffi::ThreadPool& pool, const Neurons<typename Format::Element>& neurons, const float* accumulator, const float* x,
+                      float* out) {
+  const int64_t width = neurons.width, batch = neurons.batch, count = neurons.count;
+  float* hidden = scratch<float, 1>(batch * count);
+  const auto row = [&](const auto* matrix, int64_t i) { return matrix + (neurons.slots ? neurons.slots[i] : i) * width; };
+  const auto up = [&](int64_t i) { return row(neurons.up, i); };
+  const auto down = [&](int64_t i) { return row(neurons.down, i); };
+  const auto activate = [&](int64_t i, const float* sums) {
+    const int64_t id = neurons.ids ? std::clamp<int64_t>(neurons.ids[i], 0, neurons.num_neurons - 1) : i;
+    for (int64_t b = 0; b < batch; ++b) {
+      const float sum = sums[b] + neurons.bias[id];
+      const bool silent = sum < 0 || (neurons.predicted && !neurons.predicted[b * neurons.num_neurons + id]);
+      hidden[b * count + i] = silent ? 0.0f : Format::rounded(sum);
+    }
+  };
+  run(pool, {dot_many<Format>(count, width, side_by_side<Format>(x, batch, width), batch, up, activate),
+             mix_many<Format>(count, width, hidden, batch, down, accumulator, out)});
+}
+
+// Which of the neurons any of the sequences may use: their slots and ids.
+template <class Element>
+int64_t select(const Neurons<Element>& neurons, int32_t* slots, int32_t* ids) {
+  int64_t found = 0;
+  bool* wanted = scratch<bool, 9>(neurons.num_neurons);
+  std::copy(neurons.predicted, neurons.predicted + neurons.num_neurons, wanted);
+  for (int64_t b = 1; b < neurons.batch; ++b)
+    for (int64_t id = 0; id < neurons.num_neurons; ++id) wanted[id] |= neurons.predicted[b * neurons.num_neurons + id];
+  for (int64_t i = 0; i < neurons.count; ++i) {
+    const int64_t id = neurons.ids ? std::clamp<int64_t>(neurons.ids[i], 0, neurons.num_neurons - 1) : i;
+    if (!wanted[id]) continue;
+    slots[found] = neurons.slots ? neurons.slots[i] : i;
+    ids[found++] = id;
+  }
+  return found;
+}
+
 // One head's cached positions: `table` says which blocks [P, head_dim] of the head's own they lie in.
 struct Head {
   const float *query, *keys, *values;
@@ -180,17 +230,21 @@ inline void attend(const Head& head) {
   for (int64_t k = 0; k < width && length; ++k) out[k] /= total;
 }
 
+constexpr int64_t kFew = 8;  // sequences whose sums stay in registers while rows are walked
+
 // Calls body with the format of the weights and, as a constant, the batch, so that loops are unrolled; three sequences cost what four do.
+// More than eight are 0.
 template <class Body>
 ffi::Error dispatch(ffi::DataType dtype, int64_t batch, const Body& body) {
   const auto with = [&](auto format) {
+    if (batch > kFew) return body(format, std::integral_constant<int, 0>());
     if (batch == 1) return body(format, std::integral_constant<int, 1>());
     if (batch == 2) return body(format, std::integral_constant<int, 2>());
     if (batch <= 4) return body(format, std::integral_constant<int, 4>());
     body(format, std::integral_constant<int, 8>());
   };
-  if (batch < 1 || batch > 8 || (dtype != ffi::BF16 && dtype != ffi::F32))
-    return ffi::Error::InvalidArgument("inflash: native kernels serve 1 to 8 sequences and weights in bfloat16 or float32");
+  if (batch < 1 || (dtype != ffi::BF16 && dtype != ffi::F32))
+    return ffi::Error::InvalidArgument("inflash: native kernels serve weights in bfloat16 or float32");
   dtype == ffi::BF16 ? with(BFloat16()) : with(Float32());
   return ffi::Error::Success();
 }
@@ -202,8 +256,12 @@ ffi::Error linear_call(ffi::ThreadPool pool, Floats32 x, ffi::AnyBuffer weight, 
   const int64_t batch = x.dimensions()[0], num_rows = weight.dimensions()[0], width = weight.dimensions()[1];
   return dispatch(weight.element_type(), batch, [&](auto format, auto size) {
     using Format = decltype(format);
-    linear<Format, size>(pool, x.typed_data(), static_cast<const typename Format::Element*>(weight.untyped_data()),
-                         bias.element_count() ? bias.typed_data() : nullptr, out->typed_data(), batch, num_rows, width);
+    const auto* rows = static_cast<const typename Format::Element*>(weight.untyped_data());
+    const float* added = bias.element_count() ? bias.typed_data() : nullptr;
+    if constexpr (size == 0)
+      linear_many<Format>(pool, x.typed_data(), rows, added, out->typed_data(), batch, num_rows, width);
+    else
+      linear<Format, size>(pool, x.typed_data(), rows, added, out->typed_data(), batch, num_rows, width);
   });
 }
 
@@ -213,6 +271,7 @@ ffi::Error predict_call(ffi::ThreadPool pool, Floats32 x, ffi::RemainingArgs wei
   const int64_t batch = x.dimensions()[0], width = x.dimensions()[1];
   const auto matrix = [&](size_t i) { return *weights.get<ffi::AnyBuffer>(i); };
   const auto vector = [&](size_t i) { return weights.get<Floats32>(i)->typed_data(); };
+  if (batch > kFew) return ffi::Error::InvalidArgument("inflash: the native predictor serves up to 8 sequences");
   return dispatch(matrix(0).element_type(), batch, [&](auto format, auto size) {
     using Format = decltype(format);
     using Element = typename Format::Element;
@@ -223,7 +282,7 @@ ffi::Error predict_call(ffi::ThreadPool pool, Floats32 x, ffi::RemainingArgs wei
                             vector(kParts * i + 2), *vector(kParts * i + 3), relu[i] != 0, second.dimensions()[1],
                             second.dimensions()[0], (*named.get<ffi::Buffer<ffi::PRED>>(i))->typed_data()});
     }
-    predict<Format, size>(pool, x.typed_data(), batch, width, predictors);
+    if constexpr (size > 0) predict<Format, size>(pool, x.typed_data(), batch, width, predictors);
   });
 }
 
@@ -246,6 +305,43 @@ ffi::Error attend_call(ffi::ThreadPool pool, Floats32 query, Floats32 keys, Floa
   return ffi::Error::Success();
 }
 
+// All of the neurons for all sequences; or, where sequences name theirs, for a few sequences at a time only what those name. Many products of
+// all are faster than so many of few, so that pays when a few name much less than all do together.
+template <class Format, int B>
+void add(ffi::ThreadPool& pool, const Neurons<typename Format::Element>& neurons, const float* accumulator, const float* x, float* out,
+         std::integral_constant<int, B>) {
+  constexpr double kPays = 0.5;
+  if (!neurons.predicted) {
+    if constexpr (B == 0)
+      add_neurons_many<Format>(pool, neurons, accumulator, x, out);
+    else
+      add_neurons<Format, B>(pool, neurons, accumulator, x, out);
+    return;
+  }
+  const int64_t groups = (neurons.batch + kFew - 1) / kFew;
+  std::vector<int32_t> slots(groups * neurons.count), ids(groups * neurons.count);
+  std::vector<Neurons<typename Format::Element>> parts;
+  int64_t named = 0;
+  for (int64_t group = 0; group < groups; ++group) {
+    auto part = neurons;
+    part.batch = std::min(kFew, neurons.batch - group * kFew);
+    part.predicted += group * kFew * neurons.num_neurons;
+    int32_t *own_slots = slots.data() + group * neurons.count, *own_ids = ids.data() + group * neurons.count;
+    part.count = select(part, own_slots, own_ids);
+    part.slots = own_slots, part.ids = own_ids;
+    named += part.count;
+    parts.push_back(part);
+  }
+  if (B == 0 && named > kPays * groups * neurons.count) return add_neurons_many<Format>(pool, neurons, accumulator, x, out);
+  for (int64_t group = 0; group < groups; ++group) {
+    const int64_t at = group * kFew * neurons.width;
+    if constexpr (B == 0)
+      add_neurons<Format, kFew>(pool, parts[group], accumulator + at, x + at, out + at);
+    else
+      add_neurons<Format, B>(pool, parts[group], accumulator + at, x + at, out + at);
+  }
+}
+
 ffi::Error ffn_call(ffi::ThreadPool pool, Floats32 accumulator, Floats32 x, ffi::AnyBuffer up, ffi::AnyBuffer down, Floats32 bias,
                     ffi::Buffer<ffi::PRED> predicted, Integers slots, Integers ids, Integers count, ffi::Result<Floats32> out) {
   const int64_t batch = x.dimensions()[0], num_slots = up.dimensions()[0], width = up.dimensions()[1];
@@ -261,7 +357,7 @@ ffi::Error ffn_call(ffi::ThreadPool pool, Floats32 accumulator, Floats32 x, ffi:
         static_cast<const Element*>(up.untyped_data()), static_cast<const Element*>(down.untyped_data()), bias.typed_data(),
         predicted.element_count() ? predicted.typed_data() : nullptr, gathered ? slots.typed_data() : nullptr,
         gathered ? ids.typed_data() : nullptr, real, static_cast<int64_t>(bias.element_count()), width, batch};
-    add_neurons<Format, size>(pool, neurons, accumulator.typed_data(), x.typed_data(), out->typed_data());
+    add<Format>(pool, neurons, accumulator.typed_data(), x.typed_data(), out->typed_data(), size);
   });
 }
 

@@ -1,6 +1,6 @@
 """Kernels in C++ in the place of XLA's, where a compiled library of them is there: faster, and the same results but for rounding.
 
-Axes: B sequences (at most `FEW_ROWS`), K inputs of a linear layer, N its outputs, D d_model, F d_ff, S slots, P places of a gather,
+Axes: B sequences, K inputs of a linear layer, N its outputs, D d_model, F d_ff, S slots, P places of a gather,
 R predictor rank, H heads, N blocks of the KV cache, size positions of each, M blocks of a sequence's table.
 
 `inflash build-kernels` compiles `native.cc` for this machine; `pipeline.native_library` finds the result and registers it here. Until
@@ -61,11 +61,16 @@ def serves(
     num_rows: int,
     compute_dtype: jax.typing.DTypeLike,
     *matrices: jax.Array,  # each [rows, columns]
+    many: bool = False,
 ) -> bool:
-    """Whether the native kernels are to multiply these matrices with so many rows: asked when a kernel is traced."""
+    """Whether the native kernels are to multiply these matrices with so many rows: asked when a kernel is traced.
+
+    Args:
+      many: the kernel serves more than `FEW_ROWS`, too.
+    """
     dtype = jnp.dtype(compute_dtype)
     fit = dtype in _DTYPES and all(matrix.dtype == dtype and matrix.size for matrix in matrices)
-    return fit and 0 < num_rows <= FEW_ROWS and _chosen()
+    return fit and num_rows > 0 and (many or num_rows <= FEW_ROWS) and _chosen()
 
 
 def serves_cache(*caches: jax.Array) -> bool:

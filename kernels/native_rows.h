@@ -94,6 +94,9 @@ inline uint16_t to_bf16(float value) {
 
 inline float from_bf16(uint32_t bits) { return load<float>(&(bits <<= 16)); }
 
+inline float widened_weight(uint16_t bits) { return from_bf16(bits); }
+inline float widened_weight(float value) { return value; }
+
 // A format says what a row's `Element` is, what `Operand` x is turned into for `dot`, and `Factor` a neuron's activation for the way down;
 // factors of kPair rows lie together. Without AVX512_BF16 all formats multiply in float32.
 struct InFloat32 {

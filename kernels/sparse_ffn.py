@@ -37,7 +37,7 @@ def gathered_ffn(
     Args:
       compute_dtype: precision of the operands; rows of another dtype are converted after the gather. Sums are float32.
     """
-    if serves(x.shape[0], compute_dtype, up_slots, down_slots) and slots.shape[0]:
+    if serves(x.shape[0], compute_dtype, up_slots, down_slots, many=True) and slots.shape[0]:
         return native_ffn(accumulator, x, up_slots, down_slots, up_bias, predicted, count, (slots, neuron_ids))
     padding = (0, -slots.shape[0] % _ROWS_TOGETHER)
     slots, neuron_ids = jnp.pad(slots, padding), jnp.pad(neuron_ids, padding)
@@ -64,7 +64,7 @@ def block_ffn(
 
     A Python int for `count` that equals n (the dense feed-forward block) spares many-token calls a copy of the block.
     """
-    if serves(x.shape[0], compute_dtype, up, down):
+    if serves(x.shape[0], compute_dtype, up, down, many=True):
         return native_ffn(accumulator, x, up, down, up_bias, predicted, count)
     num_rows = up.shape[0]
     if isinstance(count, int) and count == num_rows and x.shape[0] > FEW_ROWS:

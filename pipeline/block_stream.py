@@ -44,6 +44,7 @@ class BlockStream:
 
     def follow(self, items: Sequence[int], *, cyclic: bool) -> None:
         """From now on items are taken in another order."""
+        self._cyclic = cyclic
         if items is not self._items:
             self._drop()
             self._order(items, cyclic=cyclic)

@@ -6,15 +6,16 @@ Axes: T tokens of a tile, D d_model, F d_ff, S slots, K padded neurons.
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from ..kernels.compilation import jit
 from ..kernels.sparse_ffn import gathered_ffn
 from ..storage.store import Store
-from .feed_forward import Tile
+from .feed_forward import Tile, shortest_s
 from .fixed_shapes import SMALLEST_GATHER, doublings, fitting
 from .loader_pool import LoaderPool, Ticket
 from .neuron_cache import LeastFrequentlyUsed, Placement, make_cache
@@ -63,6 +64,7 @@ class CachedFeedForward:
     Attributes:
       slots: neurons that memory has room for, by layer.
       missed: neurons that were read because of guesses and predictions, by layer.
+      last_read: the same for each layer's newest token.
     """
 
     def __init__(
@@ -78,7 +80,7 @@ class CachedFeedForward:
         d_ff = store.config.d_ff
         self._compute, self._times, self._d_ff, self._overlap = compute, StepTimes(), d_ff, options.overlap
         self.slots, self._trace = dict(slots), recorder()
-        self.missed = dict.fromkeys(slots, 0)
+        self.missed, self.last_read = dict.fromkeys(slots, 0), dict.fromkeys(slots, 0)
         self._gather_sizes = doublings(SMALLEST_GATHER, max(slots.values()))
         self._layers = {layer: NeuronRows(slab, store.bundles, d_ff, count) for layer, count in slots.items()}
         self._caches = {layer: make_cache(d_ff, count, options.policy, options.window) for layer, count in slots.items()}
@@ -114,6 +116,7 @@ class CachedFeedForward:
         self._trace.names(layer, neuron_ids)
         if layer not in self._prefetches:
             self._caches[layer].begin_token()
+            self.last_read[layer] = 0
         most = min(self.slots[layer], self._gather_sizes[-1])
         self._times.neurons += self._d_ff
         total = tile.residual
@@ -141,6 +144,7 @@ class CachedFeedForward:
             ready, late = self._split(placement, prefetch)
             self._times.count(hits=len(placement.hit_ids), misses=len(placement.miss_ids))
             self.missed[layer] += len(placement.miss_ids)
+            self.last_read[layer] += len(placement.miss_ids)
             self._trace.tell(len(placement.hit_ids), len(placement.miss_ids))
         if guessing:
             self.prefetch(layer + 1, tile)
@@ -171,6 +175,7 @@ class CachedFeedForward:
             placement = self._caches[layer].place(neuron_ids)
             self._times.prefetched += len(placement.miss_ids)
             self.missed[layer] += len(placement.miss_ids)
+            self.last_read[layer] = len(placement.miss_ids)
             self._trace.tell(len(placement.miss_ids), len(neuron_ids))
             self._prefetches[layer] = _Prefetch(self._ask(layer, placement, ahead=True), placement.miss_ids, placement.miss_slots)
 
@@ -216,6 +221,20 @@ class CachedFeedForward:
             _places(slots, neuron_ids, size),
             compute_dtype=self._compute,
         )
+
+    def names(self, layer: int, tile: Tile) -> tuple[int, int, bool]:
+        """How many neurons a tile names, how many of them are not in memory, and whether the layer's cache is full; with policy "lfu"."""
+        assert tile.predicted is not None
+        cache, neuron_ids = self._caches[layer], _named(tile.predicted, tile.active)
+        assert isinstance(cache, LeastFrequentlyUsed)
+        return len(neuron_ids), cache.num_missing(neuron_ids), cache.full
+
+    def row_s(self, tile: Tile) -> float:
+        """Seconds that a neuron takes to compute with from its slot for tiles of this shape, all of which name it, nothing read."""
+        assert tile.predicted is not None
+        layer, slots = next(iter(self.slots.items()))
+        some, all_named = np.arange(slots, dtype=np.int32), replace(tile, predicted=jnp.ones_like(tile.predicted))
+        return shortest_s(lambda: self._gather(layer, some, some, tile.residual, all_named)) / slots
 
     def warm_up(self, tile: Tile) -> None:
         assert tile.predicted is not None

@@ -145,7 +145,7 @@ class Engine:
     def _make_predictor(self) -> Predictor | None:
         if self.neurons.cached is None:
             return None
-        self.neurons.cached.observe(self.times)
+        self.neurons.observe(self.times)
         if self.plan.predictor == "none":
             return AllNeurons(self.config.d_ff)
         if self.plan.predictor == "exact":
@@ -180,8 +180,7 @@ class Engine:
             self.kv_cache.share_out()
             return
         self.kv_cache = KVCache(self.config, self.shape, 0, 0)  # before the next one, and should what follows be refused
-        if num_positions is not None:
-            room = fitting_positions(self.store, room, least=capacity)
+        room = fitting_positions(self.store, room, least=room if num_positions is None else capacity)
         check_kv_cache(self.store, room)
         self.kv_cache = KVCache(self.config, self.shape, num_seqs, max_length, num_blocks=room // BLOCK_SIZE)
         with self._trace.span(COMPILE):
@@ -320,7 +319,7 @@ class Engine:
           before: the same tokens' tile of the layer before.
           guess: also what the next layer will likely need (G), where that is read early.
         """
-        ahead = self._ahead if guess and self.neurons.is_cached(layer + 1) else None
+        ahead = self._ahead if guess and self.neurons.reads_early(layer + 1) else None
         if self._predictor is None or not self.neurons.is_cached(layer):
             return tile if ahead is None else replace(tile, guessed=ahead.predict(layer + 1, tile.ffn_in))
         read = before.ffn_in if self._predictor.ahead and before is not None else tile.ffn_in
@@ -372,6 +371,7 @@ class Engine:
         began, requested = time.perf_counter_ns(), self._pool.bytes_requested
         with self._whole(), self._trace.span(PROMPT, value=num_tokens):
             yield
+        trim()  # the activations of many tokens leave holes that steps do not fill
         elapsed = time.perf_counter_ns() - began
         self.times.prompt_ns += elapsed
         self.times.total_ns += elapsed

@@ -3,7 +3,8 @@
 Axes: T tokens of a tile (the sequences of a decoding step, or a chunk of a prompt), D d_model, F d_ff.
 """
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -85,9 +86,10 @@ class StreamedFeedForward:
         steps = plan.layers(STREAMED)
         prompts = [layer for layer, way in enumerate(plan.ffn) if way != RESIDENT]
         self._of_prompts = [layer * self._blocks + block for layer in prompts for block in range(self._blocks)]
-        self._of_steps = [layer * self._blocks + block for layer in steps for block in range(self._blocks)]
-        if steps == prompts:
-            self._of_steps = self._of_prompts
+        self._planned = frozenset(steps)
+        self._orders = {frozenset(prompts): self._of_prompts}
+        self._again = True
+        self._of_steps = self._order_of(self._planned)
         padding = self._blocks * self._length - self._d_ff
         self._padding = padding
         blocks = [np.pad(bias, (0, padding)).reshape(self._blocks, self._length) for bias in up_bias]
@@ -105,9 +107,18 @@ class StreamedFeedForward:
         cyclic = self._of_steps is self._of_prompts
         self._stream = BlockStream(pool, load, items=self._of_prompts, num_buffers=STREAM_BUFFERS, cyclic=cyclic)
 
+    def _order_of(self, layers: frozenset[int]) -> list[int]:
+        if layers not in self._orders:
+            self._orders[layers] = [layer * self._blocks + block for layer in sorted(layers) for block in range(self._blocks)]
+        return self._orders[layers]
+
+    def stream_in_steps(self, layers: frozenset[int], *, again: bool) -> None:
+        """The next step streams these layers besides those of the plan; `again`: so will the step after it, most likely."""
+        self._of_steps, self._again = self._order_of(self._planned | layers), again
+
     def add_step(self, layer: int, tile: Tile) -> jax.Array:
         """`add_neurons` for a decoding step."""
-        self._stream.follow(self._of_steps, cyclic=True)
+        self._stream.follow(self._of_steps, cyclic=self._again)
         (total,) = self._add(layer, [tile])
         return total
 
@@ -159,7 +170,10 @@ class StreamedFeedForward:
         return _block(total, tile.ffn_in, up, down, bias, np.int32(count), mask, compute_dtype=self._compute)
 
     def _padded_masks(self, tiles: Sequence[Tile]) -> list[jax.Array | None]:
-        return [None if tile.predicted is None else jnp.pad(tile.predicted, ((0, 0), (0, self._padding))) for tile in tiles]
+        return [None if tile.predicted is None else self._padded(tile.predicted) for tile in tiles]
+
+    def _padded(self, predicted: jax.Array) -> jax.Array:
+        return jnp.pad(predicted, ((0, 0), (0, self._padding))) if self._padding else predicted
 
     def _block_arguments(self, layer: int, block: int, buffer: int, mask: jax.Array | None) -> tuple:
         rows = self._buffers[buffer]
@@ -167,9 +181,14 @@ class StreamedFeedForward:
         return rows.up, rows.down, self._block_bias[layer][block], self._count(block), columns
 
     def warm_up(self, tile: Tile) -> None:
-        rows, bias = self._buffers[0], self._block_bias[0][0]
+        (mask,) = self._padded_masks([tile])
         for block in {0, self._blocks - 1}:  # whole ones, and the last
-            self._add_block(tile.residual, tile, rows.up, rows.down, bias, self._count(block), None)
+            self._add_block(tile.residual, tile, *self._block_arguments(0, block, 0, mask))
+
+    def row_s(self, tile: Tile) -> float:
+        """Seconds that a neuron takes to compute with for tiles of this shape, nothing read; compiled before."""
+        arguments = self._block_arguments(0, 0, 0, self._padded_masks([tile])[0])
+        return shortest_s(lambda: self._add_block(tile.residual, tile, *arguments)) / self._count(0)
 
     def up_rows(self, layer: int) -> np.ndarray:
         """[F, D] the layer's up projection in the dtype of products; for the exact predictor, before the run."""
@@ -184,6 +203,16 @@ class StreamedFeedForward:
 
     def _count(self, block: int) -> int:
         return min(self._length, self._d_ff - block * self._length)
+
+
+def shortest_s(call: Callable[[], jax.Array]) -> float:
+    """Of a few calls, until their result is there."""
+    times = []
+    for _ in range(3):
+        began = time.perf_counter()
+        call().block_until_ready()
+        times.append(time.perf_counter() - began)
+    return min(times)
 
 
 def block_rows(store: Store, block_bytes: int) -> int:

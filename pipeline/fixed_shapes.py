@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-CHUNK_SIZES = (32, 256)
+CHUNK_SIZES = (32, 64, 256)
 """Tokens of a prompt that a kernel takes at once."""
 SMALLEST_GATHER = 64
 """Neurons: a kernel call for fewer costs as much as for these."""
@@ -49,9 +49,12 @@ class Chunk:
 
 
 def split_prompt(sequence: int, token_ids: np.ndarray, first: int = 0) -> list[Chunk]:
-    """A prompt from its position `first` on, in chunks of the largest size, the rest padded to the smallest that holds it."""
-    chunks = []
-    for start in range(first, len(token_ids), CHUNK_SIZES[-1]):
-        part = token_ids[start : start + CHUNK_SIZES[-1]]
-        chunks.append(Chunk(sequence, start, len(part), padded(part, fitting(len(part), CHUNK_SIZES))))
+    """A prompt from its position `first` on, in chunks of the largest size that is not mostly padding, which costs as much as tokens."""
+    chunks, start = [], first
+    while start < len(token_ids):
+        left = len(token_ids) - start
+        size = next((size for size in reversed(CHUNK_SIZES) if left > 3 * size // 4), CHUNK_SIZES[0])
+        part = token_ids[start : start + size]
+        chunks.append(Chunk(sequence, start, len(part), padded(part, size)))
+        start += size
     return chunks

@@ -33,7 +33,7 @@ class LLM:
 
     Args:
       model: the store that `inflash convert` wrote.
-      ffn, predictor, cache_neurons, window, policy, prefetch, overlap, max_num_seqs, max_model_len, compute_dtype, loaders,
+      ffn, predictor, cache_neurons, window, policy, prefetch, path, overlap, max_num_seqs, max_model_len, compute_dtype, loaders,
         queue_depth, merge_gap, memory, seed, verify:
         see `EngineOptions`, which has the same names and defaults (a test compares them).
 
@@ -55,6 +55,7 @@ class LLM:
         window: int | None = None,
         policy: str = "lfu",
         prefetch: str = "auto",
+        path: str = "auto",
         overlap: bool = True,
         max_num_seqs: int = 8,
         max_model_len: int | None = None,
@@ -73,6 +74,7 @@ class LLM:
             window=window,
             policy=policy,
             prefetch=prefetch,
+            path=path,
             overlap=overlap,
             max_num_seqs=max_num_seqs,
             max_model_len=max_model_len,

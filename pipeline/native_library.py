@@ -24,7 +24,9 @@ import jax
 from ..errors import InflashError, RunError
 from ..kernels import native
 
-SOURCES = [Path(__file__).parents[1] / "kernels" / name for name in ("native.cc", "native_rows.h")]  # the first is compiled
+SOURCES = [
+    Path(__file__).parents[1] / "kernels" / name for name in ("native.cc", "native_rows.h", "native_many.h")
+]  # the first is compiled
 COMPILERS = ("c++", "g++", "clang++")
 FLAGS = ("-std=c++17", "-O3", "-shared", "-fPIC", "-fvisibility=hidden", "-pthread")
 MACHINE_FLAGS = (("-march=native",), ("-mcpu=native",), ())  # the first that the compiler knows; some call it -mcpu on ARM

@@ -209,6 +209,15 @@ class LeastFrequentlyUsed:
     def resident(self) -> np.ndarray:
         return np.sort(self._neuron_in[self._neuron_in >= 0])
 
+    def num_missing(self, neuron_ids: np.ndarray) -> int:
+        """How many of the neurons are not in memory; changes nothing."""
+        return int(np.count_nonzero(self._slot_of[neuron_ids] < 0))
+
+    @property
+    def full(self) -> bool:
+        """Whether no slot was never used."""
+        return self._num_used == self.num_slots
+
     def resize(self, num_slots: int) -> None:
         """Another number of slots, between tokens; the neurons in slots that are no more are forgotten."""
         leaving = self._neuron_in[num_slots:]

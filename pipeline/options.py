@@ -7,6 +7,7 @@ from ..errors import InflashError
 FFN_MODES = ("sparse", "hybrid", "naive", "resident")
 POLICIES = ("lfu", "lru", "window", "none")
 PREDICTOR_METHODS = ("trained", "weighted-svd", "sign-bits")
+PATHS = ("auto", "sparse", "dense")
 COMPUTE_DTYPES = ("auto", "bfloat16", "float32")
 
 
@@ -25,6 +26,8 @@ class EngineOptions:
         "window": those of the last `window` tokens; "none": nobody from one token to the next, for comparisons.
       prefetch: the look-ahead predictor by whose guess a layer's neurons are read while the layer before is computed. "auto": the store's
         best one, where `predictor` is one of the store's; "none": nothing is read early.
+      path: how the neurons of a cached layer come when several sequences decode together. "sparse": the predicted ones by slot; "dense":
+        all of them, read in order, each sequence still using its own; "auto": whichever costs less, as measured, with policy "lfu".
       overlap: whether neurons in the cache are computed while the others are being read. Off for comparisons only.
       max_num_seqs: sequences decoded together, B.
       max_model_len: longest sequence in tokens, prompt and output together; None: the model's own limit, 2048 at most.
@@ -44,6 +47,7 @@ class EngineOptions:
     window: int | None = None
     policy: str = "lfu"
     prefetch: str = "auto"
+    path: str = "auto"
     overlap: bool = True
     max_num_seqs: int = 8
     max_model_len: int | None = None
@@ -58,6 +62,7 @@ class EngineOptions:
     def __post_init__(self) -> None:
         _one_of("ffn", self.ffn, FFN_MODES)
         _one_of("policy", self.policy, POLICIES)
+        _one_of("path", self.path, PATHS)
         _one_of("compute_dtype", self.compute_dtype, COMPUTE_DTYPES)
         if self.merge_gap < 0:
             raise InflashError(f"merge_gap should be a number of bytes, found {self.merge_gap!r}")

@@ -210,11 +210,12 @@ class Planner:
     def _ways(self, num_seqs: int) -> Iterator[dict]:
         """The ways of the neurons, with the fewest slots that each can do with."""
         num_layers, d_ff = self.store.config.num_layers, self.store.config.d_ff
+        dense = self.options.path != "sparse" and not self._is_given("predictor", "cache_neurons", "policy")
         for block_bytes in (_SMALL_BLOCK_BYTES, BLOCK_BYTES):
-            if not self._is_given("predictor", "cache_neurons", "policy"):
+            if dense:
                 streamed = {"ffn": (STREAMED,) * num_layers, "slots": (0,) * num_layers, "predictor": None, "prefetch": None}
                 yield {**streamed, "block_bytes": block_bytes}
-        if not self._is_given("predictor", "cache_neurons", "policy"):
+        if dense:
             yield {
                 "ffn": (RESIDENT,) * num_layers,
                 "slots": (d_ff,) * num_layers,
@@ -222,6 +223,8 @@ class Planner:
                 "prefetch": None,
                 "block_bytes": _SMALL_BLOCK_BYTES,
             }
+        if dense and self.options.path == "dense":
+            return
         try:
             predictor = choose_predictor(self.store, self.options.predictor)
         except InflashError:
@@ -245,6 +248,8 @@ class Planner:
         """All layers cached; and, where steps name much, the layers streamed that name most."""
         curves, d_ff = self.curves.of(num_seqs), self.store.config.d_ff
         mixtures = [(CACHED,) * len(curves)]
+        if self.options.path == "sparse":
+            return mixtures
         dense = sorted(
             (layer for layer, curve in enumerate(curves) if curve.named > 0.2 * d_ff), key=lambda layer: -curves[layer].named
         )

@@ -19,6 +19,7 @@ class StepTimes:
       hits, misses: neurons found in the cache and not, over layers and steps; what a guess has already asked for is a hit.
       prefetched: neurons that were read because of a guess, over layers and steps.
       neurons: neurons that there are, over the same layers and steps.
+      sparse_layers, dense_layers: cached layers whose neurons came by slot and in order, over steps.
       decode_bytes, prompt_bytes: bytes of weights that were asked of the loaders.
     """
 
@@ -35,6 +36,8 @@ class StepTimes:
     misses: int = 0
     prefetched: int = 0
     neurons: int = 0
+    sparse_layers: int = 0
+    dense_layers: int = 0
     decode_bytes: int = 0
     prompt_bytes: int = 0
 
@@ -58,6 +61,7 @@ class StepTimes:
             "cache_hit_rate": self.hits / max(self.hits + self.misses, 1),
             "prefetched_share": self.prefetched / max(self.neurons, 1),
             "predicted_share": (self.hits + self.misses) / max(self.neurons, 1),
+            "dense_share": self.dense_layers / max(self.dense_layers + self.sparse_layers, 1),
             "io_wait_ms": self.io_wait_ns / 1e6 / steps,
             "memory_ms": self.memory_ns / 1e6 / steps,
             "compute_ms": max(compute_ns, 0) / 1e6 / steps,

@@ -194,6 +194,7 @@ def test_the_wheel_holds_only_inflash(tmp_path: Path) -> None:
     data = {f"inflash/{path.relative_to(ROOT)}" for path in (ROOT / "tools" / "embedded").glob("*")} | {
         "inflash/py.typed",
         "inflash/kernels/native.cc",
+        "inflash/kernels/native_many.h",
         "inflash/kernels/native_rows.h",
         "inflash/tools/profile_report.html",
     }

@@ -12,7 +12,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from ..pipeline.options import COMPUTE_DTYPES, FFN_MODES, POLICIES, EngineOptions
+from ..pipeline.options import COMPUTE_DTYPES, FFN_MODES, PATHS, POLICIES, EngineOptions
 
 CONVERT_DTYPES = ("auto", "bfloat16", "float16", "float32")
 
@@ -89,6 +89,11 @@ ENGINE_FLAGS: dict[str, dict[str, Any]] = {
         "metavar": "NAME",
         "help": "look-ahead predictor by whose guess neurons are read while the layer before is computed: auto (the store's best), none, "
         "or one that `inflash info` lists (default: %(default)s)",
+    },
+    "path": {
+        "choices": PATHS,
+        "help": "how a cached layer's neurons come when several sequences decode together: sparse (the predicted ones by slot), dense (all "
+        "of them, read in order), or whichever costs less, as measured (default: %(default)s)",
     },
     "overlap": {
         "action": argparse.BooleanOptionalAction,

@@ -3,8 +3,9 @@
 import argparse
 from pathlib import Path
 
-from ..pipeline.options import EngineOptions
+from ..pipeline.options import PATHS, EngineOptions
 from .arguments import add_engine_flags, add_model, byte_count, count_from_one
+from .plan_arguments import numbers
 
 
 def row_names(text: str) -> tuple[str, ...]:
@@ -54,6 +55,41 @@ def add_ablation(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw the rows into an image; needs inflash[plot]")
     parser.add_argument("--seed", type=int, default=0, help="of the random tokens (0)")
+
+
+def add_batch(parser: argparse.ArgumentParser) -> None:
+    add_model(parser)
+    parser.add_argument(
+        "--memory-limit", type=byte_count, required=True, metavar="BYTES", help="memory of every row, such as 1.25GiB"
+    )
+    parser.add_argument(
+        "--batch", type=numbers, default="1,4,16,64", metavar="B,...", help="requests, all of them decoded together (%(default)s)"
+    )
+    parser.add_argument(
+        "--paths",
+        type=path_names,
+        default="sparse,dense,auto",
+        metavar="NAMES",
+        help="which ways of --path are compared, with commas between (%(default)s)",
+    )
+    parser.add_argument("--prompt-tokens", type=count_from_one, default=64, metavar="N", help="of each request (%(default)s)")
+    parser.add_argument("--tokens", type=count_from_one, default=64, metavar="N", help="that each request makes (%(default)s)")
+    parser.add_argument(
+        "--kv-on-top",
+        action="store_true",
+        help="the KV cache of all requests but one comes on top of the limit, so that every row has the same memory for weights",
+    )
+    parser.add_argument(
+        "--text", type=Path, metavar="FILE", help="where prompts are from (default: the store's sample.txt, or random tokens)"
+    )
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw tokens a second over batches; needs inflash[plot]")
+
+
+def path_names(text: str) -> tuple[str, ...]:
+    names = tuple(name.strip() for name in text.split(","))
+    if unknown := [name for name in names if name not in PATHS]:
+        raise argparse.ArgumentTypeError(f"expected some of {','.join(PATHS)}, found {unknown[0]!r}")
+    return names
 
 
 def token_counts(text: str) -> list[int]:

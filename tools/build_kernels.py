@@ -24,7 +24,7 @@ from ..kernels.sparse_ffn import block_ffn, gathered_ffn
 from ..pipeline import native_library
 from ..pipeline.block_pool import BLOCK_SIZE
 
-BATCHES = (1, 3, 8)
+BATCHES = (1, 3, 8, 19)
 D_MODEL, D_FF, ACTIVE, RANK = 200, 500, 97, 40
 HEADS, POSITIONS, HEAD_DIM = 3, 50, 20
 TOLERANCE = 1e-2  # of the largest value: an activation may be rounded to the other of two neighbours in bfloat16

@@ -295,6 +295,19 @@ Probe the machine and calibrate the model first. As root, each run is in a cgrou
   sudo --preserve-env=HOME "$(command -v inflash)" bench plan ./synth-1.3b --budgets 40,75 --batch 1
 """,
     ),
+    "batch": Command(
+        module="bench_batch",
+        summary="tokens a second of many requests together: predicted neurons by slot, all in order, or the cheaper of both",
+        add_arguments=bench_flags.add_batch,
+        details="""\
+Every row is a run of its own that is planned for the limit, as root in a memory cgroup that may hold 64 MiB more: B requests, each a prompt
+and as many tokens as --tokens says, drawn with seeds, from the first prompt to the last token. `dense` is the share of layers and steps
+whose neurons were read in order.
+
+  inflash synth ./synth-1.3b --like opt-1.3b
+  inflash bench batch ./synth-1.3b --memory-limit 1.25GiB --batch 1,4,16 --plot batches.png
+""",
+    ),
     "llm": Command(
         module="bench_llm",
         summary="tokens a second of a model: prompts and text generation, in the form of llama.cpp's llama-bench",

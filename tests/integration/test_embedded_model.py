@@ -75,7 +75,7 @@ def refuses_direct(store: Store) -> bool:
 
 @pytest.mark.parametrize("cache", [{"cache_neurons": 0.25}, {"policy": "window", "window": 4}], ids=["quarter", "window"])
 def test_sparse_text_is_dense_text(store: Store, prompts: list[str], dense, cache: dict[str, Any]) -> None:
-    with LLM(store.path, ffn="sparse", predictor="exact", **cache, **OPTIONS) as llm:
+    with LLM(store.path, ffn="sparse", predictor="exact", path="sparse", **cache, **OPTIONS) as llm:
         llm.generate(prompts, SamplingParams(temperature=0, max_tokens=2))  # every loader has opened every file
         pool = llm.engine.pool
         before = settle(llm), pool.bytes_requested, loaders_read_bytes(llm) - pool.counters()["gap_bytes"]

@@ -29,7 +29,7 @@ from inflash.kernels.sparse_ffn import block_ffn, gathered_ffn
 from inflash.pipeline import native_library
 
 BFLOAT16 = ml_dtypes.bfloat16
-BATCHES = [1, 2, 3, 4, 5, 8]  # the kernels are compiled for 1, 2, 4 and 8
+BATCHES = [1, 2, 3, 4, 5, 8, 9, 35]  # the kernels are compiled for 1, 2, 4 and 8, and for many
 DTYPES = [np.float32, BFLOAT16]
 EDGES = [1, 2, 31, 32, 33, 200, 257, 300]  # around cache lines, walks of rows and spans of columns
 

@@ -118,7 +118,7 @@ CACHES: list[dict[str, Any]] = [
 @pytest.mark.parametrize("cache", CACHES, ids=lambda cache: "-".join(map(str, cache.values())))
 def test_the_cache_changes_nothing_but_what_is_read(store: Store, reference, text: np.ndarray, cache: dict[str, Any]) -> None:
     texts, prompts = [text[:25], text[30:45]], [5, 1]
-    with open_engine(store, ffn="sparse", **cache) as engine:
+    with open_engine(store, ffn="sparse", path="sparse", **cache) as engine:
         engine.prepare(2, 64)
         for found, whole, prompt in zip(teacher_forced(engine, texts, prompts), texts, prompts, strict=True):
             np.testing.assert_allclose(found, reference(whole)[prompt - 1 :], rtol=0, atol=TOLERANCE)

@@ -58,7 +58,8 @@ def test_every_row_is_measured(rows: dict[str, dict[str, Any]]) -> None:
 def test_each_part_reads_less(store: Store, rows: dict[str, dict[str, Any]]) -> None:
     flash = {name: figures["flash_bytes_per_token"] for name, figures in rows.items()}
     neurons = store.config.num_layers * store.bundles.layer_bytes
-    assert flash["hybrid"] == pytest.approx(neurons, rel=0.15)  # up to 4 blocks are read for other tokens than these 10, of 3 each
+    # Up to 4 blocks are read for other tokens than these 10, of 3 each.
+    assert flash["hybrid"] == pytest.approx(neurons, rel=0.15)
     assert flash["naive"] > flash["hybrid"] + 0.5 * store.config.num_layers * 4 * store.config.d_model**2 * 2
     assert neurons > 3 * flash["predictor"] > 3 * flash["window"] > 0
     assert flash["bundles"] == flash["window"] == flash["overlap"]

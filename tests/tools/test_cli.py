@@ -235,6 +235,7 @@ def test_every_engine_flag_reaches_its_option(words: list[str]) -> None:
         window=4,
         policy="window",
         prefetch="none",
+        path="dense",
         overlap=False,
         max_num_seqs=3,
         max_model_len=99,

@@ -26,7 +26,7 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 CURVE = {
     "read_curve": [{"size": size, "depth": depth, "bytes_per_s": 1e5 * size} for size in (4096, 65536) for depth in (1, 128)]
 }
-WAIT_S = 60
+WAIT_S = 120
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,117 @@
+"""`inflash bench batch`: how many requests have to decode together until reading neurons in order beats reading the predicted ones.
+
+A decoding step reads what any of its sequences needs. For one that is a few percent of the neurons, at the disk's random rate; for many it
+nears all of them, and then the disk's sequential rate wins. Each row is a process of its own that is planned for the memory limit and held
+to it by a cgroup.
+"""
+
+import argparse
+import contextlib
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from ..storage.store import Store, open_store
+from .memory_group import NoCgroup, memory_group
+from .plan_run import ALLOWANCE_BYTES
+from .progress import progress_bar
+from .table import table
+
+RESERVE_BYTES = 128 << 20
+"""Of a row's memory that its plan leaves alone: the tokenizer, sampling, and what many sequences take that no account has."""
+
+_KILLED = (-9, 137)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from ..pipeline.memory_parts import kv_cache_bytes
+    from .plan_text import tokens_for
+
+    if arguments.plot:
+        from .plot_file import check_plot
+
+        check_plot(arguments.plot)
+    store = open_store(arguments.model)
+    token_ids, source = tokens_for(store, arguments.text, max(arguments.batch), arguments.prompt_tokens)
+    length = arguments.prompt_tokens + arguments.tokens
+    results: list[dict[str, Any]] = []
+    with progress_bar(total=len(arguments.batch) * len(arguments.paths), desc="measuring", unit=" runs") as bar:
+        for batch in arguments.batch:
+            memory = arguments.memory_limit
+            if arguments.kv_on_top:
+                memory += kv_cache_bytes(store, batch, length) - kv_cache_bytes(store, 1, length)
+            for path in arguments.paths:
+                row = {"batch": batch, "path": path, "memory_bytes": memory}
+                config = {
+                    "memory": memory - RESERVE_BYTES,
+                    "path": path,
+                    "prompts": token_ids[:batch].tolist(),
+                    "tokens": arguments.tokens,
+                }
+                results.append(row | _measured(arguments.model, config))
+                bar.update()
+    _report(store, arguments, results, source)
+    return 0
+
+
+def _measured(model: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """A row's run in a cgroup: what `batch_row` found, or `failed`."""
+    with tempfile.NamedTemporaryFile("w", suffix=".json") as file, contextlib.ExitStack() as stack:
+        json.dump({"model": str(model), **config}, file)
+        file.flush()
+        command = [sys.executable, "-P", "-m", "inflash.tools.batch_row", file.name]
+        try:
+            group = stack.enter_context(memory_group(config["memory"] + RESERVE_BYTES + ALLOWANCE_BYTES))
+            command = group.wrap(command)
+        except NoCgroup:
+            group = None
+        ended = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+        peak = group.peak_bytes() if group else None
+    lines = ended.stdout.splitlines()
+    if not lines:
+        killed = ended.returncode in _KILLED
+        return {"failed": "ended by the kernel for its memory" if killed else f"ended with {ended.returncode}"}
+    document = json.loads(lines[-1])
+    if "error" in document:
+        return {"failed": document["error"]}
+    return {**document["result"], "peak_bytes": peak, "limited": group is not None}
+
+
+def _report(store: Store, arguments: argparse.Namespace, results: list[dict[str, Any]], source: str) -> None:
+    measured = [row for row in results if "failed" not in row]
+    print(
+        f"{store.path}: {store.num_bytes / 2**30:.2f} GiB, memory limit {arguments.memory_limit / 2**30:.2f} GiB"
+        f"{', KV cache on top' if arguments.kv_on_top else ''}; prompts of {arguments.prompt_tokens} tokens from {source}, "
+        f"{arguments.tokens} tokens each\n"
+    )
+    rows = [
+        [
+            row["batch"],
+            row["path"],
+            row["together"],
+            f"{row['tokens_per_s']:.2f}",
+            f"{row['mib_per_token']:.1f}",
+            f"{100 * row['dense_share']:.0f}%",
+            f"{100 * row['cache_share']:.0f}%",
+            f"{row['prompt_s']:.1f}",
+            f"{row['decode_s']:.1f}",
+            f"{row['io_wait_s']:.1f}",
+            f"{row['peak_bytes'] / 2**20:.0f} of {row['memory_bytes'] / 2**20:.0f}" if row["peak_bytes"] else "-",
+        ]
+        for row in measured
+    ]
+    header = ["batch", "path", "together", "tokens/s", "MiB/token", "dense", "in memory"]
+    print(table([*header, "prompts s", "decoding s", "of that I/O wait s", "peak MiB"], rows))
+    for row in results:
+        if "failed" in row:
+            print(f"batch {row['batch']}, {row['path']}: {row['failed']}")
+    if arguments.plot and measured:
+        from .batch_plot import save_plot
+
+        save_plot(measured, store, arguments.plot)
+        print(f"plot: {arguments.plot}")
+    document = {"model": str(arguments.model), "model_bytes": store.num_bytes, "memory_limit": arguments.memory_limit}
+    print(json.dumps({**document, "prompt_tokens": arguments.prompt_tokens, "tokens": arguments.tokens, "rows": results}))
