@@ -1,6 +1,7 @@
 """A decoder layer around its feed-forward block, and what lies before the first and after the last.
 
-Axes: B sequences, T tokens of a prompt chunk, D d_model, E embedding width, H heads, C cache capacity, V vocabulary.
+Axes: B sequences, T tokens of a prompt chunk, D d_model, E embedding width, H heads, N blocks of the KV cache,
+size positions of each, M blocks of a sequence's table, V vocabulary.
 
 The engine calls `attention_*`, adds feed-forward neurons to the residual as their rows arrive (`sparse_ffn`), then `after_ffn`.
 Matrices are [outputs, inputs]. In pre-LN models a norm feeds attention and FFN; in post-LN ones (OPT-350m) it follows each sum.
@@ -53,8 +54,9 @@ def embed(
 def attention_decode(
     x: jax.Array,  # [B, D] f32
     weights: Weights,
-    keys: jax.Array,  # [B, H, C, head_dim] f32, donated by the caller
+    keys: jax.Array,  # [H, N, size, head_dim] f32, donated by the caller
     values: jax.Array,  # likewise
+    tables: jax.Array,  # [B, M] int32
     positions: jax.Array,  # [B] int32, of the tokens in x
     shape: LayerShape,
     *,
@@ -69,17 +71,17 @@ def attention_decode(
       residual [B, D] (the FFN's output bias included), the FFN's input [B, D], keys, values.
     """
     query, key, value = _query_key_value(x, weights, shape)
-    keys, values = append_decode(keys, key, positions), append_decode(values, value, positions)
-    mixed = attend_decode(query, keys, values, positions + 1, num_positions=num_positions)
+    keys, values = append_decode(keys, key, tables, positions), append_decode(values, value, tables, positions)
+    mixed = attend_decode(query, keys, values, tables, positions + 1, num_positions=num_positions)
     return *_after_attention(x, mixed, weights, shape), keys, values
 
 
 def attention_chunk(
     x: jax.Array,  # [T, D] f32
     weights: Weights,
-    keys: jax.Array,  # [B, H, C, head_dim] f32, donated by the caller
+    keys: jax.Array,  # [H, N, size, head_dim] f32, donated by the caller
     values: jax.Array,  # likewise
-    slot: jax.Array,  # int32, the sequence's row in the cache
+    table: jax.Array,  # [M] int32, the sequence's
     start: jax.Array,  # int32, position of the chunk's first token
     count: jax.Array,  # int32, real tokens of the chunk
     shape: LayerShape,
@@ -88,8 +90,8 @@ def attention_chunk(
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """A chunk of one sequence's prompt through attention: residual [T, D], the FFN's input [T, D], keys, values."""
     query, key, value = _query_key_value(x, weights, shape)
-    keys, values = append_chunk(keys, key, slot, start, count), append_chunk(values, value, slot, start, count)
-    mixed = attend_chunk(query, keys, values, slot, start, num_positions=num_positions)
+    keys, values = append_chunk(keys, key, table, start, count), append_chunk(values, value, table, start, count)
+    mixed = attend_chunk(query, keys, values, table, start, num_positions=num_positions)
     return *_after_attention(x, mixed, weights, shape), keys, values
 
 

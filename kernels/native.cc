@@ -1,7 +1,7 @@
 // Kernels that read bf16 (or f32) weights at the memory's own rate, called by XLA through jax.ffi. kernels/native.py describes the calls.
 //
 // Axes: B batch (1 to 8), K inputs of a linear layer, N its outputs, D d_model, F d_ff, S slots, R predictor rank,
-// H heads, C capacity of the KV cache.
+// H heads, N blocks of the KV cache, P positions of a block, M blocks of a sequence's table.
 
 #include "native_many.h"
 #include "native_rows.h"
@@ -177,41 +177,56 @@ int64_t select(const Neurons<Element>& neurons, int32_t* slots, int32_t* ids) {
   return found;
 }
 
-// One head's cached positions, each a row of head_dim.
+// One head's cached positions: `table` says which blocks [P, head_dim] of the head's own they lie in.
 struct Head {
   const float *query, *keys, *values;
-  int64_t length, head_dim;
+  const int32_t* table;
+  int64_t length, block_size, head_dim;
   float* out;
+
+  // Where a position's row begins, counted from the head's first block.
+  int64_t row(int64_t position) const {
+    return (table[position / block_size] * block_size + position % block_size) * head_dim;
+  }
 };
 
 // out = softmax(query . keys / sqrt(head_dim)) . values over all positions; zeros where there are none.
 inline void attend(const Head& head) {
   constexpr int R = kMixed;
   constexpr int64_t kAhead = 4 * R;  // positions
-  const auto [query, keys, values, length, width, out] = head;
-  const int64_t most = (length + R - 1) / R * R;
+  const int64_t length = head.length, width = head.head_dim, most = (length + R - 1) / R * R;
   float* x = scratch<float, 4>(num_operands<Float32, 1>(width));
   std::fill(x, x + num_operands<Float32, 1>(width), 0.0f);
-  for (int64_t k = 0; k < width; ++k) x[k] = query[k] / std::sqrt(static_cast<float>(width));
+  for (int64_t k = 0; k < width; ++k) x[k] = head.query[k] / std::sqrt(static_cast<float>(width));
   float* shares = scratch<float, 5>(most);
-  const auto walk = [=](const float* matrix, const auto& add) {
+  const auto find = [&](const float* matrix, int64_t from, const float** rows) {
+    if (from + R <= length && head.block_size % R == 0) {  // all in one block
+      const float* first = matrix + head.row(from);
+      for (int r = 0; r < R; ++r) rows[r] = first + r * width;
+    } else {
+      for (int r = 0; r < R; ++r) rows[r] = matrix + head.row(std::min(from + r, length - 1));
+    }
+  };
+  const auto walk = [&](const float* matrix, const auto& add) {
     for (int64_t i = 0; i < length; i += R) {
       const float* rows[R];
       Ahead<float, R> ahead{};
-      for (int r = 0; r < R; ++r) {
-        rows[r] = matrix + std::min(i + r, length - 1) * width;
-        ahead.next[r] = ahead.after[r] = matrix + std::min(i + r + kAhead, length - 1) * width;
-      }
+      find(matrix, i, rows);
+      find(matrix, i + kAhead, ahead.next);
+      std::copy(ahead.next, ahead.next + R, ahead.after);
       add(i, rows, ahead);
     }
   };
-  walk(keys, [=](int64_t i, const auto& rows, const auto& ahead) { dot_rows<Float32, 1, R>(rows, ahead, width, x, (float(*)[1])(shares + i)); });
+  walk(head.keys,
+       [=](int64_t i, const auto& rows, const auto& ahead) { dot_rows<Float32, 1, R>(rows, ahead, width, x, (float(*)[1])(shares + i)); });
   const float largest = *std::max_element(shares, shares + std::max<int64_t>(1, length));
   float total = 0;
   for (int64_t i = 0; i < length; ++i) total += shares[i] = std::exp(shares[i] - largest);
   std::fill(shares + length, shares + most, 0.0f);
+  float* out = head.out;
   std::fill(out, out + width, 0.0f);
-  walk(values, [=](int64_t i, const auto& rows, const auto& ahead) { mix_rows<Float32, 1>(rows, ahead.next, shares + i, 0, width, out); });
+  walk(head.values,
+       [=](int64_t i, const auto& rows, const auto& ahead) { mix_rows<Float32, 1>(rows, ahead.next, shares + i, 0, width, out); });
   for (int64_t k = 0; k < width && length; ++k) out[k] /= total;
 }
 
@@ -271,12 +286,21 @@ ffi::Error predict_call(ffi::ThreadPool pool, Floats32 x, ffi::RemainingArgs wei
   });
 }
 
-ffi::Error attend_call(ffi::ThreadPool pool, Floats32 query, Floats32 keys, Floats32 values, Integers lengths, ffi::Result<Floats32> out) {
-  const int64_t heads = keys.dimensions()[1], capacity = keys.dimensions()[2], width = keys.dimensions()[3];
-  run(pool, {{keys.dimensions()[0] * heads, [&](int64_t i) {
-    const int64_t length = std::clamp<int64_t>(lengths.typed_data()[i / heads], 0, capacity), from = i * capacity * width;
-    attend({query.typed_data() + i * width, keys.typed_data() + from, values.typed_data() + from, length, width,
-            out->typed_data() + i * width});
+ffi::Error attend_call(ffi::ThreadPool pool, Floats32 query, Floats32 keys, Floats32 values, Integers tables, Integers lengths,
+                       ffi::Result<Floats32> out) {
+  const int64_t heads = keys.dimensions()[0], num_blocks = keys.dimensions()[1], block_size = keys.dimensions()[2];
+  const int64_t width = keys.dimensions()[3], batch = tables.dimensions()[0], table_length = tables.dimensions()[1];
+  // A sequence's positions end where its table names no block.
+  auto* real = scratch<int64_t, 6>(batch);
+  for (int64_t b = 0; b < batch; ++b) {
+    const int32_t* table = tables.typed_data() + b * table_length;
+    const int64_t blocks = std::find_if(table, table + table_length, [=](int32_t n) { return n < 0 || n >= num_blocks; }) - table;
+    real[b] = std::clamp<int64_t>(lengths.typed_data()[b], 0, blocks * block_size);
+  }
+  run(pool, {{batch * heads, [&](int64_t i) {
+    const int64_t b = i / heads, from = i % heads * num_blocks * block_size * width;
+    attend({query.typed_data() + i * width, keys.typed_data() + from, values.typed_data() + from,
+            tables.typed_data() + b * table_length, real[b], block_size, width, out->typed_data() + i * width});
   }}});
   return ffi::Error::Success();
 }
@@ -352,7 +376,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(inflash_predict, predict_call,
                                   .Attr<ffi::Span<const int32_t>>("relu"));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(inflash_attend, attend_call,
                               ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Floats32>().Arg<Floats32>().Arg<Floats32>()
-                                  .Arg<Integers>().Ret<Floats32>());
+                                  .Arg<Integers>().Arg<Integers>().Ret<Floats32>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(inflash_ffn, ffn_call,
                               ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Floats32>().Arg<Floats32>().Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>().Arg<Floats32>().Arg<ffi::Buffer<ffi::PRED>>().Arg<Integers>().Arg<Integers>()

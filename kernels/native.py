@@ -1,7 +1,7 @@
 """Kernels in C++ in the place of XLA's, where a compiled library of them is there: faster, and the same results but for rounding.
 
 Axes: B sequences, K inputs of a linear layer, N its outputs, D d_model, F d_ff, S slots, P places of a gather,
-R predictor rank, H heads, C capacity of the KV cache in positions.
+R predictor rank, H heads, N blocks of the KV cache, size positions of each, M blocks of a sequence's table.
 
 `inflash build-kernels` compiles `native.cc` for this machine; `pipeline.native_library` finds the result and registers it here. Until
 then, and where there is none, every kernel is XLA's.
@@ -104,14 +104,16 @@ def native_predict(
 
 def native_attend(
     query: jax.Array,  # [B, H, head_dim] f32
-    keys: jax.Array,  # [B, H, C, head_dim] f32
+    keys: jax.Array,  # [H, N, size, head_dim] f32
     values: jax.Array,  # likewise
+    tables: jax.Array,  # [B, M] int32
     lengths: jax.Array,  # [B] int32
 ) -> jax.Array:
-    """`attend_decode`, which reads no position beyond the lengths: [B, H * head_dim] f32; zeros where a length is 0."""
-    batch, num_heads, _, head_dim = keys.shape
+    """`attend_decode`, which reads no position beyond the lengths: [B, H * head_dim] f32; zeros where there is none."""
+    batch, num_heads, head_dim = query.shape
     out = jax.ShapeDtypeStruct((batch, num_heads * head_dim), jnp.float32)
-    return jax.ffi.ffi_call("inflash_attend", out)(_f32(query), keys, values, lengths.astype(jnp.int32))
+    attend = jax.ffi.ffi_call("inflash_attend", out)
+    return attend(_f32(query), keys, values, tables.astype(jnp.int32), lengths.astype(jnp.int32))
 
 
 def native_ffn(

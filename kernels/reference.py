@@ -1,6 +1,7 @@
 """What every kernel computes, in plain float64 NumPy: slow, obvious and independent of the kernels.
 
-Axes: B batch, T tokens of a prompt chunk, D d_model, F d_ff, H heads, K gathered neurons (padded), C cache capacity.
+Axes: B batch, T tokens of a prompt chunk, D d_model, F d_ff, H heads, K gathered neurons (padded), N blocks of the KV
+cache, size positions of each, M blocks of a sequence's table.
 
 Tests compare against these; nothing else uses them.
 """
@@ -36,32 +37,42 @@ def attend(query: Array, keys: Array, values: Array) -> Array:
     return np.concatenate(heads)
 
 
-def attend_decode(query: Array, keys: Array, values: Array, lengths: Array) -> Array:
-    """[B, H, head_dim], [B, H, C, head_dim] twice, [B] -> [B, H * head_dim]."""
-    return np.stack([attend(query[b], keys[b, :, :n], values[b, :, :n]) for b, n in enumerate(lengths)])
+def positions_of(cache: Array, table: Array, length: int) -> Array:
+    """A sequence's positions out of a cache in blocks [H, N, size, head_dim]: [H, length, head_dim]."""
+    size = cache.shape[2]
+    rows = [cache[:, table[p // size], p % size] for p in range(length)]
+    return np.stack(rows, axis=1)
 
 
-def attend_chunk(query: Array, keys: Array, values: Array, slot: int, start: int, count: int) -> Array:
-    """[T, H, head_dim], the cache -> [count, H * head_dim], real tokens only."""
+def attend_decode(query: Array, keys: Array, values: Array, tables: Array, lengths: Array) -> Array:
+    """[B, H, head_dim], [H, N, size, head_dim] twice, [B, M], [B] -> [B, H * head_dim]."""
+    pairs = enumerate(zip(tables, lengths, strict=True))
+    return np.stack([attend(query[b], positions_of(keys, table, n), positions_of(values, table, n)) for b, (table, n) in pairs])
+
+
+def attend_chunk(query: Array, keys: Array, values: Array, table: Array, start: int, count: int) -> Array:
+    """[T, H, head_dim], the cache, [M] -> [count, H * head_dim], real tokens only."""
     ends = range(start + 1, start + count + 1)
-    return np.stack([attend(query[t], keys[slot, :, :end], values[slot, :, :end]) for t, end in enumerate(ends)])
+    return np.stack(
+        [attend(query[t], positions_of(keys, table, end), positions_of(values, table, end)) for t, end in enumerate(ends)]
+    )
 
 
-def append_decode(cache: Array, new: Array, positions: Array) -> Array:
+def append_decode(cache: Array, new: Array, tables: Array, positions: Array) -> Array:
     """The cache with new[b] at positions[b]."""
-    cache = cache.copy()
     for b, position in enumerate(positions):
-        if position < cache.shape[2]:
-            cache[b, :, position] = new[b]
+        cache = append_chunk(cache, new[b : b + 1], tables[b], position, 1)
     return cache
 
 
-def append_chunk(cache: Array, new: Array, slot: int, start: int, count: int) -> Array:
-    """The cache with new[:count] from `start` on in one sequence."""
+def append_chunk(cache: Array, new: Array, table: Array, start: int, count: int) -> Array:
+    """The cache with new[:count] from `start` on in one sequence; what has no block is dropped."""
     cache = cache.copy()
+    _, num_blocks, size, _ = cache.shape
     for t in range(count):
-        if start + t < cache.shape[2]:
-            cache[slot, :, start + t] = new[t]
+        block, offset = divmod(start + t, size)
+        if block < len(table) and table[block] < num_blocks:
+            cache[:, table[block], offset] = new[t]
     return cache
 
 

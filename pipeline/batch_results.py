@@ -34,6 +34,7 @@ def success_line(
             "prompt_tokens": len(output.prompt_token_ids),
             "completion_tokens": completion_tokens,
             "total_tokens": len(output.prompt_token_ids) + completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": output.num_cached_tokens or 0},
         },
     }
     return _line(custom_id, {"status_code": 200, "request_id": f"req_{uuid.uuid4().hex}", "body": body}, None)

@@ -20,6 +20,7 @@ from .step_times import StepTimes
 if TYPE_CHECKING:
     from .llm import LLM
 
+_TOO_LONG = "memory: prompt and answer may have {} tokens together, and there is room for {}; give more memory, or ask for fewer"
 _LISTEN_S = 0.5  # how soon a paused run hears that it is to end
 
 
@@ -45,6 +46,7 @@ class BatchRun:
         self._llm, self._batch, self._done, self._writer, self._model = llm, batch, done, writer, model
         self._refusals: dict[int, str] = {}
         self._running: dict[str, int] = {}  # custom_id to the number of logprobs asked for
+        self._longest = 0  # that memory has room for
         self.completed = self.refused = self.failed = 0
         self.draining = False
 
@@ -63,10 +65,11 @@ class BatchRun:
         return len(self._batch) - self.completed - self.refused - self.failed - self.in_flight
 
     def measure(self, on_request: Callable[[], object]) -> RunSize:
-        """Looks at every open request, so that room can be made for the longest, and finds those that will be refused.
+        """Looks at every open request, so that room can be made for the longest that fits, and finds those that will be refused.
 
         Raises:
           ChatTemplateError: the model takes no messages.
+          InflashError: memory has no room for any.
           RunError: the batch file was changed.
         """
         size = RunSize()
@@ -79,7 +82,9 @@ class BatchRun:
             except InflashError as error:
                 self._refusals[index] = str(error)
             on_request()
-        return size
+        if size.num_sequences:
+            self._longest = self._llm.longest_fitting(size.longest)
+        return size.up_to(self._longest, self._llm.max_model_len)
 
     def run(self, size: RunSize, on_tokens: Callable[[int], None], on_request: Callable[[], object]) -> None:
         """Answers what is open; ends early, with nothing in flight, when `draining` is set.
@@ -115,6 +120,11 @@ class BatchRun:
                 on_request()
                 continue
             request = self._make(index)
+            length = min(len(request.prompt_token_ids) + request.sampling_params.max_tokens, self._llm.max_model_len)
+            if length > self._longest:
+                self._fail(request.request_id, "out_of_memory", _TOO_LONG.format(length, self._longest))
+                on_request()
+                continue
             self._running[request.request_id] = request.sampling_params.logprobs or 0
             yield request
 
@@ -130,10 +140,11 @@ class BatchRun:
         failure = next((completion.failure for completion in output.outputs if completion.failure), None)
         if failure is None:
             self.completed += 1
-            line: dict[str, Any] = success_line(
-                output.request_id, output, self._model, int(time.time()), self._batch.url, top_logprobs=asked
-            )
+            line = success_line(output.request_id, output, self._model, int(time.time()), self._batch.url, top_logprobs=asked)
+            self._writer.write(line, succeeded=True)
         else:
-            self.failed += 1
-            line = failed_line(output.request_id, "model_error", failure)
-        self._writer.write(line, succeeded=failure is None)
+            self._fail(output.request_id, "model_error", failure)
+
+    def _fail(self, custom_id: str, code: str, reason: str) -> None:
+        self.failed += 1
+        self._writer.write(failed_line(custom_id, code, reason), succeeded=False)

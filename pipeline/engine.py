@@ -1,6 +1,6 @@
 """One step of the model: the life of a token, and prompts layer by layer.
 
-Axes: B sequences in lockstep, T tokens of a chunk, D d_model, F d_ff, V vocabulary, C positions of the KV cache.
+Axes: B sequences in lockstep, T tokens of a chunk, D d_model, F d_ff, V vocabulary, C positions of a sequence.
 
 The letters are those of the drawing in docs/architecture.md.
 """
@@ -17,18 +17,20 @@ import numpy as np
 
 from ..errors import InflashError
 from ..kernels.compilation import jit
-from ..kernels.decoder_layer import LayerShape, after_ffn, attention_chunk, attention_decode
+from ..kernels.decoder_layer import LayerShape, after_ffn
 from ..storage.readers import DirectReader
 from ..storage.store import Store
 from . import native_library
+from .block_pool import BLOCK_SIZE
 from .feed_forward import Tile
 from .fixed_shapes import CHUNK_SIZES, SMALLEST_CAPACITY, Chunk, capacity_for, doublings, fitting, split_prompt
 from .host_memory import check_fits, keep_one_arena, trim
+from .kv_cache import KVCache, num_cache_blocks
 from .layered_feed_forward import LayeredFeedForward
 from .live import LivePage, about_run
 from .loader_pool import LoaderPool
 from .matrix_source import MatrixSource, ResidentMatrices, StreamedMatrices
-from .memory_parts import kv_cache_bytes, memory_parts
+from .memory_parts import check_kv_cache, fitting_positions, memory_parts
 from .neuron_rows import NeuronRows
 from .options import EngineOptions
 from .plan import CACHED, Plan, guessed_layers, plan_from_options
@@ -45,8 +47,6 @@ from .step_times import StepTimes
 from .trace import ATTENTION, COMPILE, HEAD, LAYER, PREDICT, PROMPT, START, STEP, recorder
 from .weights import compute_dtype, load_weights, zeros
 
-_attention_decode = jit(attention_decode, static_argnames=("shape", "num_positions"), donate_argnames=("keys", "values"))
-_attention_chunk = jit(attention_chunk, static_argnames=("shape", "num_positions"), donate_argnames=("keys", "values"))
 _after_ffn = jit(after_ffn, static_argnames="shape")
 _put_row = jit(lambda rows, x, index, row: rows.at[row].set(x[index]))
 
@@ -57,8 +57,7 @@ class Engine:
     Attributes:
       config, store, options, plan: what it was made from.
       times: what the run has cost so far.
-      num_seqs: B, set by `prepare`.
-      capacity: C, set by `prepare`.
+      kv_cache: keys and values of as many sequences as `prepare` has made room for.
       weights, matrices, neurons, shape, compute: what is resident, where matrices and neurons come from, the layers' static shape
         and the products' dtype, for passes over a model that go another way than `process_prompts` and `decode`.
     """
@@ -88,7 +87,6 @@ class Engine:
         self.plan = plan or plan_from_options(store, options)
         self.store, self.config, self.options = store, store.config, options
         self.times, self._trace = times or StepTimes(), recorder()
-        self.num_seqs = self.capacity = 0
         self._closed, self._broken, self._split_rows = False, False, split_rows
         self._live: LivePage | None = None
         self._recall: RecallProbe | None = None
@@ -99,6 +97,7 @@ class Engine:
             norm_epsilon=store.config.norm_epsilon,
             compute_dtype=self.compute.name,
         )
+        self.kv_cache = KVCache(self.config, self.shape, 0, 0)
         self._memory_parts = memory_parts(store, options, self.plan)
         check_fits(self._memory_parts, "use --ffn hybrid, a smaller --cache-neurons, or a machine with more memory")
         with self._trace.span(START):
@@ -159,8 +158,15 @@ class Engine:
     def _load_predictor(self, name: str, layers: Sequence[int]) -> StoredPredictor:
         return StoredPredictor(self.store, name, layers, verify=self.options.verify)
 
-    def prepare(self, num_seqs: int, max_length: int) -> None:
+    def prepare(self, num_seqs: int, max_length: int, num_positions: int | None = None) -> None:
         """Makes room for `num_seqs` sequences of up to `max_length` tokens and compiles everything they need.
+
+        Afterwards every sequence has the blocks of the KV cache that `KVCache.share_out` gives it.
+
+        Args:
+          num_seqs, max_length: B, and the longest of them.
+          num_positions: of the KV cache, in all, or as many of them as fit, which are enough for one sequence; None: room for all
+            sequences at their longest.
 
         Raises:
           InflashError: the model has fewer positions, or the KV cache does not fit.
@@ -169,16 +175,14 @@ class Engine:
             raise InflashError("this model was closed; make a new LLM")
         if max_length > self.config.max_positions:
             raise InflashError(f"length: the model has {self.config.max_positions} positions, found {max_length} asked for")
-        capacity = capacity_for(max_length)
-        if num_seqs == self.num_seqs and capacity <= self.capacity:
+        capacity, room = capacity_for(max_length), BLOCK_SIZE * num_cache_blocks(num_seqs, max_length, num_positions)
+        if num_seqs == self.num_seqs and capacity <= self.capacity and room <= self.kv_cache.num_positions:
+            self.kv_cache.share_out()
             return
-        self._keys, self._values, self.num_seqs, self.capacity = [], [], 0, 0  # should what follows be refused
-        shape = (num_seqs, self.config.num_heads, capacity, self.config.head_dim)
-        kv_bytes = kv_cache_bytes(self.store, num_seqs, max_length)
-        check_fits({f"KV cache of {num_seqs} x {capacity} tokens": kv_bytes}, "use a smaller --max-num-seqs or --max-model-len")
-        self._keys = [zeros(shape) for _ in range(self.config.num_layers)]
-        self._values = [zeros(shape) for _ in range(self.config.num_layers)]
-        self.num_seqs, self.capacity = num_seqs, capacity
+        self.kv_cache = KVCache(self.config, self.shape, 0, 0)  # before the next one, and should what follows be refused
+        room = fitting_positions(self.store, room, least=room if num_positions is None else capacity)
+        check_kv_cache(self.store, room)
+        self.kv_cache = KVCache(self.config, self.shape, num_seqs, max_length, num_blocks=room // BLOCK_SIZE)
         with self._trace.span(COMPILE):
             self._warm_up()
             trim()  # compiling leaves much behind
@@ -189,8 +193,10 @@ class Engine:
         Returns:
           [B, V] f32: row s is the logits after the last token of sequence s; rows of other sequences mean nothing.
         """
-        with self._timed_prompt(sum(len(token_ids) for _, token_ids in prompts)):
-            chunks = [chunk for sequence, token_ids in prompts for chunk in split_prompt(sequence, token_ids)]
+        num_cached = self.kv_cache.num_cached
+        self.times.cached_tokens += sum(num_cached[sequence] for sequence, _ in prompts)
+        chunks = [chunk for sequence, ids in prompts for chunk in split_prompt(sequence, ids, num_cached[sequence])]
+        with self._timed_prompt(sum(chunk.count for chunk in chunks)):
             outputs = self._run_chunks(chunks)
             hidden = zeros((self.num_seqs, self.config.d_model))
             for chunk, x in zip(chunks, outputs, strict=True):  # a sequence's last chunk comes last
@@ -199,7 +205,8 @@ class Engine:
 
     def all_logits(self, token_ids: np.ndarray) -> np.ndarray:
         """[T] token ids to [T, V] f32 logits, each token's feed-forward neurons chosen as a decoding step would."""
-        self.prepare(max(self.num_seqs, 1), max(len(token_ids), min(self.capacity, self.config.max_positions)))
+        longest = max(len(token_ids), min(self.capacity, self.config.max_positions))
+        self.prepare(max(self.num_seqs, 1), longest, max(self.kv_cache.num_positions, len(token_ids)))
         with self._timed_prompt(len(token_ids)):
             chunks = split_prompt(0, token_ids)
             logits = self.matrices.logits(self._run_chunks(chunks, predict=True))
@@ -220,10 +227,10 @@ class Engine:
         with self._timed_step(int(active.sum())):
             bound = fitting(int(positions.max()) + 1, doublings(SMALLEST_CAPACITY, self.capacity))
             x = self.matrices.embed(token_ids, positions)
-            before = None
+            tables, before = self.kv_cache.tables(active), None
             for layer in range(self.config.num_layers):
                 with self._trace.span(LAYER, layer):
-                    tile = self._attend_step(layer, x, positions, active, bound)  # A
+                    tile = self._attend_step(layer, x, tables, positions, active, bound)  # A
                     with self._trace.span(PREDICT, layer):
                         tile = self._predicting(layer, tile, before, guess=True)
                     if self._recall is not None:
@@ -232,12 +239,12 @@ class Engine:
                     x, before = self.after_ffn(layer, x), tile
             return self._head(x)  # H
 
-    def _attend_step(self, layer: int, x: jax.Array, positions: np.ndarray, active: np.ndarray, bound: int) -> Tile:
+    def _attend_step(
+        self, layer: int, x: jax.Array, tables: np.ndarray, positions: np.ndarray, active: np.ndarray, bound: int
+    ) -> Tile:
         with self._trace.span(ATTENTION, layer):
             weights = self.matrices.take_attention(layer)
-            residual, ffn_in, self._keys[layer], self._values[layer] = _attention_decode(
-                x, weights, self._keys[layer], self._values[layer], positions, self.shape, num_positions=bound
-            )
+            residual, ffn_in = self.kv_cache.attend_step(layer, x, weights, tables, positions, bound)
             self.matrices.give_back_attention(layer, residual)
             return Tile(residual=residual, ffn_in=ffn_in, active=active)
 
@@ -248,12 +255,21 @@ class Engine:
 
     def memory_bytes(self) -> dict[str, int]:
         """What the engine holds, in bytes by name."""
-        kv = sum(array.nbytes for array in (*self._keys, *self._values)) if self.capacity else 0
-        return {**self._memory_parts, "KV cache": kv, "slab": self._slab.num_bytes}
+        return {**self._memory_parts, "KV cache": self.kv_cache.num_bytes, "slab": self._slab.num_bytes}
 
     def neuron_memory_bytes(self) -> int:
         """Of that, what keeps or finds feed-forward neurons while decoding: cached rows and the predictor."""
         return self._memory_parts["neurons"] + self._memory_parts["predictor"]
+
+    @property
+    def num_seqs(self) -> int:
+        """B, which `prepare` sets."""
+        return self.kv_cache.num_seqs
+
+    @property
+    def capacity(self) -> int:
+        """C, which `prepare` sets."""
+        return self.kv_cache.capacity
 
     @property
     def pool(self) -> LoaderPool:
@@ -292,16 +308,7 @@ class Engine:
         return outputs
 
     def _attend(self, layer: int, weights: dict[str, jax.Array], chunk: Chunk, x: jax.Array) -> Tile:
-        residual, ffn_in, self._keys[layer], self._values[layer] = _attention_chunk(
-            x,
-            weights,
-            self._keys[layer],
-            self._values[layer],
-            np.int32(chunk.sequence),
-            np.int32(chunk.start),
-            np.int32(chunk.count),
-            self.shape,
-        )
+        residual, ffn_in = self.kv_cache.attend_chunk(layer, x, weights, chunk)
         return Tile(residual=residual, ffn_in=ffn_in, active=np.arange(len(x)) < chunk.count)
 
     def _predicting(self, layer: int, tile: Tile, before: Tile | None, *, guess: bool = False) -> Tile:
@@ -332,10 +339,7 @@ class Engine:
         x = zeros((self.num_seqs, self.config.d_model))
         for bound in doublings(SMALLEST_CAPACITY, self.capacity):
             for weights in examples:
-                # The last position below the bound: no token that is there yet can see it.
-                _, _, self._keys[0], self._values[0] = _attention_decode(
-                    x, weights, self._keys[0], self._values[0], nothing + bound - 1, self.shape, num_positions=bound
-                )
+                self.kv_cache.attend_step(0, x, weights, self.kv_cache.tables(nothing > 0), nothing, bound)
         self.after_ffn(0, x)
         tile = Tile(residual=x, ffn_in=x, active=nothing > 0)
         for layer in range(self.config.num_layers):  # ranks may differ from layer to layer

@@ -48,9 +48,9 @@ class Chunk:
     token_ids: np.ndarray
 
 
-def split_prompt(sequence: int, token_ids: np.ndarray) -> list[Chunk]:
-    """A prompt in chunks of the largest size that is not mostly padding: computing with padding costs as much as with tokens."""
-    chunks, start = [], 0
+def split_prompt(sequence: int, token_ids: np.ndarray, first: int = 0) -> list[Chunk]:
+    """A prompt from its position `first` on, in chunks of the largest size that is not mostly padding, which costs as much as tokens."""
+    chunks, start = [], first
     while start < len(token_ids):
         left = len(token_ids) - start
         size = next((size for size in reversed(CHUNK_SIZES) if left > 3 * size // 4), CHUNK_SIZES[0])

@@ -13,20 +13,17 @@ from dataclasses import dataclass, replace
 import jax
 import numpy as np
 
-from ..kernels.compilation import jit
-from ..kernels.decoder_layer import attention_chunk
 from ..storage.store import Store
 from .engine import Engine
 from .feed_forward import Tile
-from .fixed_shapes import Chunk, capacity_for, split_prompt
+from .fixed_shapes import Chunk, split_prompt
+from .kv_cache import KVCache
 from .options import EngineOptions
 from .predictors import LayerPredictor
 from .weights import on_device, zeros
 
 GROUP_TOKENS = 2048
 """Tokens for which a layer's neurons are streamed once: enough that computing takes longer than reading."""
-
-_attention_chunk = jit(attention_chunk, static_argnames=("shape", "num_positions"), donate_argnames=("keys", "values"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,8 +64,7 @@ class LayerwisePass:
         assert self.engine.neurons.streamed is not None
         self._ffn = self.engine.neurons.streamed
         self.group = max(1, GROUP_TOKENS // context)
-        shape = (1, store.config.num_heads, capacity_for(context), store.config.head_dim)
-        self._keys, self._values = zeros(shape), zeros(shape)
+        self._kv_cache = KVCache(store.config, self.engine.shape, 1, context, num_layers=1)
         self._newest = zeros((1,))  # what was last computed with attention weights
 
     def embed(self, token_ids: np.ndarray) -> np.ndarray:
@@ -127,16 +123,7 @@ class LayerwisePass:
 
     def _attend(self, weights: dict[str, jax.Array], window: np.ndarray, chunk: Chunk) -> Tile:
         """A chunk of one window [C, D] through attention; chunks of a window follow each other."""
-        residual, ffn_in, self._keys, self._values = _attention_chunk(
-            _rows_of(chunk, window),
-            weights,
-            self._keys,
-            self._values,
-            np.int32(0),
-            np.int32(chunk.start),
-            np.int32(chunk.count),
-            self.engine.shape,
-        )
+        residual, ffn_in = self._kv_cache.attend_chunk(0, _rows_of(chunk, window), weights, chunk)
         return Tile(residual=residual, ffn_in=ffn_in, active=np.arange(len(chunk.token_ids)) < chunk.count)
 
     def logits(self, windows: list[np.ndarray]) -> list[np.ndarray]:

@@ -9,6 +9,8 @@ import numpy as np
 from ..errors import InflashError, RunError
 from ..storage.store import open_store
 from .engine import Engine
+from .fixed_shapes import capacity_for
+from .memory_parts import check_kv_cache
 from .model_files import generation_config
 from .options import EngineOptions
 from .outputs import RequestOutput
@@ -178,10 +180,31 @@ class LLM:
         return scheduler.run(requests, on_tokens, size=size, ready=ready)
 
     def _engine_for(self, size: RunSize) -> Engine:
-        if self._planned is None or not size.num_sequences:
+        if self._planned is None:
             return self.engine
+        if not size.num_sequences:
+            return self._planned.open_for(1, 1)
         num_seqs = min(self.options.max_num_seqs, 1 << (size.num_sequences - 1).bit_length())
         return self._planned.open_for(num_seqs, min(size.longest, self.max_model_len))
+
+    def longest_fitting(self, length: int) -> int:
+        """The longest sequence, prompt and output, that memory has room for: `length` or `max_model_len`, or a smaller power of two.
+
+        Raises:
+          InflashError: none fits.
+        """
+        length = min(length, self.max_model_len)
+        while True:
+            try:
+                if self._planned is not None:
+                    self._planned.check_room(length)
+                elif (capacity := capacity_for(length)) > self.engine.kv_cache.num_positions:
+                    check_kv_cache(self.engine.store, capacity)
+                return length
+            except InflashError:
+                if length == 1:
+                    raise
+                length = 1 << ((length - 1).bit_length() - 1)
 
     def logits(self, token_ids: Sequence[int] | np.ndarray) -> np.ndarray:
         """The scores of the next token after each of the given ones, for evaluation: [T] ids to [T, V] float32.

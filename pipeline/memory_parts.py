@@ -9,7 +9,7 @@ from ..errors import InflashError
 from ..storage.store import Store
 from .feed_forward import STREAM_BUFFERS, block_rows
 from .fixed_shapes import CHUNK_SIZES, capacity_for
-from .host_memory import program_bytes
+from .host_memory import available_bytes, check_fits, program_bytes
 from .options import EngineOptions
 from .plan import CACHED, RESIDENT, Plan, guessed_layers, plan_from_options
 from .predictors import predictor_bytes
@@ -28,7 +28,7 @@ def memory_parts(store: Store, options: EngineOptions, plan: Plan) -> dict[str, 
         "buffers": buffer_bytes(store, plan),
         "predictor": sum(predictor_bytes(store, name, compute, layers) for name, layers in predictors if name),
         "activations": activation_bytes(store, plan),
-        "KV cache": kv_cache_bytes(store, plan.num_seqs, plan.max_length) if plan.num_seqs else 0,
+        "KV cache": kv_cache_bytes(store, plan.kv_positions),
         "program": program_bytes(plan.loaders),
     }
 
@@ -39,10 +39,23 @@ def total_bytes(store: Store, options: EngineOptions, plan: Plan) -> int:
     return sum(parts.values()) - parts["program"] + program_bytes(plan.loaders, from_nothing=True)
 
 
-def kv_cache_bytes(store: Store, num_seqs: int, max_length: int) -> int:
-    """Of B sequences up to a length, float32."""
+def kv_cache_bytes(store: Store, num_positions: int) -> int:
+    """Of so many positions, float32."""
     config = store.config
-    return 2 * config.num_layers * num_seqs * config.d_model * capacity_for(max_length) * np.dtype(np.float32).itemsize
+    return 2 * config.num_layers * num_positions * config.d_model * np.dtype(np.float32).itemsize
+
+
+def fitting_positions(store: Store, wanted: int, least: int) -> int:
+    """Positions of a KV cache: as many as are wanted, halved until memory has room for them, but at least so many."""
+    while wanted > least and kv_cache_bytes(store, wanted) > available_bytes():
+        wanted = max(wanted // 2, least)
+    return wanted
+
+
+def check_kv_cache(store: Store, num_positions: int) -> None:
+    """Raises InflashError, with the figures, where memory has no room for so many positions."""
+    needed = {f"KV cache of {num_positions} tokens": kv_cache_bytes(store, num_positions)}
+    check_fits(needed, "use a smaller --max-num-seqs or --max-model-len")
 
 
 def activation_bytes(store: Store, plan: Plan) -> int:
@@ -71,7 +84,9 @@ def slots_within(store: Store, options: EngineOptions, limit: int, num_seqs: int
     """
     plan = plan_from_options(store, options)
     parts = {**memory_parts(store, options, plan), "program": program_bytes(options.loaders, from_nothing=True)}
-    rest = sum(size for name, size in parts.items() if name != "neurons") + kv_cache_bytes(store, num_seqs, max_length)
+    rest = sum(size for name, size in parts.items() if name != "neurons") + kv_cache_bytes(
+        store, num_seqs * capacity_for(max_length)
+    )
     slots = (limit - rest) // (store.bundles.bundle_bytes * store.config.num_layers)
     least = max(1, store.config.d_ff // 100)
     if slots < least:

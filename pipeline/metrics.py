@@ -39,6 +39,7 @@ def metrics_text(run: BatchRun, times: StepTimes, run_s: float) -> str:
         ("requests_in_flight", "gauge", "Requests that are being answered.", [("", run.in_flight)]),
         ("requests_waiting", "gauge", "Requests that are not begun.", [("", run.waiting)]),
         ("prompt_tokens_total", "counter", "Tokens of prompts that were processed.", [("", times.prompt_tokens)]),
+        ("cached_tokens_total", "counter", "Tokens of prompts that another prompt began with.", [("", times.cached_tokens)]),
         ("decoded_tokens_total", "counter", "Tokens that decoding steps made.", [("", times.tokens)]),
         ("decode_steps_total", "counter", "Decoding steps.", [("", times.steps)]),
         (

@@ -87,6 +87,7 @@ class RequestOutput:
       outputs: the n continuations in order.
       finished: none of them goes on.
       metrics: when things happened to it.
+      num_cached_tokens: of the prompt, those that had been computed for another one that begins alike; None where it was not begun.
     """
 
     request_id: str
@@ -95,3 +96,4 @@ class RequestOutput:
     outputs: list[CompletionOutput]
     finished: bool = True
     metrics: RequestMetrics | None = None
+    num_cached_tokens: int | None = None

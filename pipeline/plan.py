@@ -34,8 +34,9 @@ class Plan:
       prefetch: the look-ahead predictor; None: nothing is read before its layer.
       loaders, queue_depth, merge_gap: see `EngineOptions`.
       block_bytes: of a block of neurons that is streamed.
-      prompt_tokens: tokens of prompts that pass through the layers together; a longer prompt passes alone.
-      num_seqs, max_length: room for the KV cache; 0 where `Engine.prepare` decides.
+      prompt_tokens: tokens of prompts that pass through the layers together, unless one prompt alone has more.
+      num_seqs, max_length: sequences decoded together, and the longest; 0 where `Engine.prepare` decides.
+      kv_positions: of the KV cache, which sequences of any length share; 0 where `Engine.prepare` decides.
     """
 
     ffn: tuple[str, ...]
@@ -51,6 +52,7 @@ class Plan:
     prompt_tokens: int = PROMPT_TOKENS
     num_seqs: int = 0
     max_length: int = 0
+    kv_positions: int = 0
 
     def streamed_names(self, layer: int | None) -> frozenset[str]:
         """Tensors of a layer (None: the embeddings) that are streamed rather than loaded."""

@@ -76,6 +76,10 @@ class PlannedEngine:
         self._seen: dict[int, int] = {}
         self._seen_steps = 0
 
+    def check_room(self, max_length: int) -> None:
+        """Raises InflashError where not even one sequence of such a length fits."""
+        self.planner.check(self._memory_bytes, 1, max_length)
+
     def open_for(self, num_seqs: int, max_length: int) -> Engine:
         """An engine with room for so many sequences, or for as many as the budget allows, of such a length.
 

@@ -17,6 +17,7 @@ from ..errors import InflashError
 from ..storage.store import Store
 from .cost import CostModel, StepCost
 from .device import Device
+from .fixed_shapes import capacity_for
 from .hit_curves import HitCurves
 from .memory_parts import total_bytes
 from .options import EngineOptions
@@ -192,6 +193,7 @@ class Planner:
         room = {
             "num_seqs": num_seqs,
             "max_length": max_length,
+            "kv_positions": num_seqs * capacity_for(max_length),
             "prompt_tokens": min(_PROMPT_TOKENS, num_seqs * max_length),
             **self._reads,
         }

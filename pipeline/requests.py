@@ -54,6 +54,7 @@ class Continuation:
       request: what it belongs to.
       index: which of the n.
       most_tokens: it ends with this many, by `max_tokens` or for want of positions.
+      num_cached_tokens: of the prompt, that were not computed for it; None before it is begun.
       token_ids: what was generated so far.
     """
 
@@ -62,6 +63,7 @@ class Continuation:
     most_tokens: int
     end_ids: frozenset[int]
     stream: TextStream
+    num_cached_tokens: int | None = None
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[dict[int, Logprob]] = field(default_factory=list)
     finish_reason: str | None = None
@@ -153,4 +155,5 @@ class RequestProgress:
             outputs=[continuation.output() for continuation in self.continuations],
             finished=self.finished,
             metrics=self.metrics,
+            num_cached_tokens=self.continuations[0].num_cached_tokens,  # what the others share is the request's own
         )

@@ -60,9 +60,7 @@ class Scheduler:
             running = [(row, c) for row, c in enumerate(slots) if c is not None]
             admitted = self._admit(slots, waiting, self._engine.plan.prompt_tokens)
             if admitted:
-                logits = self._engine.process_prompts(
-                    [(row, np.asarray(c.request.prompt_token_ids, np.int32)) for row, c in admitted]
-                )
+                logits = self._engine.process_prompts([(row, _prompt(c)) for row, c in admitted])
                 for _, c in admitted:
                     progress[c.request.number].mark("first_scheduled_time")
                 self._extend(logits, admitted, on_tokens)
@@ -76,7 +74,9 @@ class Scheduler:
         """Sizes the engine for these requests, in powers of two so that the next call finds it compiled."""
         most = self._engine.plan.num_seqs or self._engine.options.max_num_seqs
         num_seqs = min(most, 1 << (size.num_sequences - 1).bit_length())
-        self._engine.prepare(num_seqs, min(size.longest, self._max_length))
+        longest = min(size.longest, self._max_length)
+        self._engine.prepare(num_seqs, longest, size.num_positions(num_seqs, longest))
+        self._engine.kv_cache.clear()
         self._sampler.warm_up(num_seqs, list(size.kinds.values()))
 
     def _take(
@@ -100,20 +100,22 @@ class Scheduler:
     def _begin(self, request: Request) -> RequestProgress:
         return RequestProgress(request, max_length=self._max_length, end_ids=self._end_ids, token_bytes=self._token_bytes)
 
-    @staticmethod
     def _admit(
-        slots: list[Continuation | None], waiting: deque[Continuation], most_tokens: int
+        self, slots: list[Continuation | None], waiting: deque[Continuation], most_tokens: int
     ) -> list[tuple[int, Continuation]]:
-        """Puts waiting continuations into free slots, in order, as many as pass through the layers together."""
-        admitted: list[tuple[int, Continuation]] = []
-        num_tokens = 0
+        """Puts waiting continuations into free slots, in order: as many as pass through the layers together and find free blocks."""
+        cache, admitted, num_tokens = self._engine.kv_cache, list[tuple[int, Continuation]](), 0
         for row in (row for row, occupant in enumerate(slots) if occupant is None):
             if not waiting:
                 break
-            num_tokens += len(waiting[0].request.prompt_token_ids)
+            token_ids = _prompt(waiting[0])
+            num_tokens += len(token_ids) - cache.pool.num_cached(token_ids)
             if admitted and num_tokens > most_tokens:
                 break
+            if not cache.admit(row, token_ids, len(token_ids) + waiting[0].most_tokens):
+                break
             continuation = waiting.popleft()
+            continuation.num_cached_tokens = cache.num_cached[row]
             slots[row] = continuation
             admitted.append((row, continuation))
         return admitted
@@ -135,14 +137,19 @@ class Scheduler:
                 continuation.push(tokens[row])
         on_tokens(len(rows))
 
-    @staticmethod
-    def _finished(slots: list[Continuation | None], progress: dict[int, RequestProgress]) -> Iterator[RequestOutput]:
+    def _finished(self, slots: list[Continuation | None], progress: dict[int, RequestProgress]) -> Iterator[RequestOutput]:
         for row, continuation in enumerate(slots):
             if continuation is None or continuation.finish_reason is None:
                 continue
             slots[row] = None
+            self._engine.kv_cache.release(row)
             state = progress.get(continuation.request.number)
             if state is not None and state.finished:  # None: another continuation of it ended in this step, too
                 state.mark("finished_time")
                 del progress[continuation.request.number]
                 yield state.output()
+
+
+def _prompt(continuation: Continuation) -> np.ndarray:
+    """[T] int32."""
+    return np.asarray(continuation.request.prompt_token_ids, np.int32)

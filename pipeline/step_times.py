@@ -15,6 +15,7 @@ class StepTimes:
       steps: decoding steps.
       tokens: tokens that decoding steps made, over all sequences.
       prompt_tokens: tokens of prompts.
+      cached_tokens: tokens of prompts that were not processed, as another prompt begins with them.
       hits, misses: neurons found in the cache and not, over layers and steps; what a guess has already asked for is a hit.
       prefetched: neurons that were read because of a guess, over layers and steps.
       neurons: neurons that there are, over the same layers and steps.
@@ -30,6 +31,7 @@ class StepTimes:
     steps: int = 0
     tokens: int = 0
     prompt_tokens: int = 0
+    cached_tokens: int = 0
     hits: int = 0
     misses: int = 0
     prefetched: int = 0
@@ -49,6 +51,7 @@ class StepTimes:
         compute_ns = self.decode_ns - self.io_wait_ns - self.memory_ns
         return {
             "prompt_tokens": self.prompt_tokens,
+            "cached_tokens": self.cached_tokens,
             "tokens": self.tokens,
             "steps": self.steps,
             "prompt_s": self.prompt_ns / 1e9,

@@ -1,6 +1,6 @@
 """How near the kernels come to this machine's memory: `inflash bench kernels`.
 
-Axes: B batch, D d_model, F d_ff, H heads, C cache capacity, K gathered neurons, R predictor rank, V vocabulary.
+Axes: B batch, D d_model, F d_ff, H heads, K gathered neurons, R predictor rank, V vocabulary.
 
 A token reads every weight that it uses once and does two operations with it, so on any machine that can multiply faster than it can
 read, decoding takes bytes / bandwidth. The floor is measured in the same run, as the best of a few plain sums over an array much larger
@@ -33,6 +33,7 @@ from ..kernels.linear import linear
 from ..kernels.predictor import LowRank, predict_low_rank
 from ..kernels.sparse_ffn import block_ffn, gathered_ffn
 from ..pipeline import native_library
+from ..pipeline.block_pool import BLOCK_SIZE
 from .table import table
 
 BATCHES = (1, 2, 4, 8)
@@ -238,11 +239,13 @@ def _attention(case: _Case, weights: _Weights, x: jax.Array) -> Call:
     head_dim = math.gcd(d_model, 128)
     shape = LayerShape(num_heads=d_model // head_dim)
     step = case.traced(partial(attention_decode, shape=shape, num_positions=POSITIONS), donate_argnums=(2, 3))
-    cache = [jnp.zeros((batch, shape.num_heads, CAPACITY, head_dim), jnp.float32) for _ in range(2)]
+    blocks = CAPACITY // BLOCK_SIZE
+    cache = [jnp.zeros((shape.num_heads, batch * blocks, BLOCK_SIZE, head_dim), jnp.float32) for _ in range(2)]
+    tables = jnp.asarray(np.random.default_rng(0).permutation(batch * blocks).reshape(batch, blocks).astype(np.int32))
     positions = jnp.full(batch, POSITIONS - 1, jnp.int32)
 
     def call() -> object:
-        residual, ffn_in, *cache[:] = step(x, weights.attention, *cache, positions)
+        residual, ffn_in, *cache[:] = step(x, weights.attention, *cache, tables, positions)
         return residual, ffn_in
 
     return call

@@ -22,6 +22,7 @@ from ..kernels.linear import linear
 from ..kernels.predictor import LowRank, low_rank_scores, predict_low_rank
 from ..kernels.sparse_ffn import block_ffn, gathered_ffn
 from ..pipeline import native_library
+from ..pipeline.block_pool import BLOCK_SIZE
 
 BATCHES = (1, 3, 8, 19)
 D_MODEL, D_FF, ACTIVE, RANK = 200, 500, 97, 40
@@ -100,10 +101,12 @@ def _calls(rng: np.random.Generator, batch: int, dtype: np.dtype) -> dict[str, t
     slots, neuron_ids = (jnp.asarray(rng.permutation(D_FF)[:ACTIVE], jnp.int32) for _ in range(2))
     count = jnp.int32(ACTIVE - 5)
     predictor = LowRank(array(RANK, D_MODEL).astype(dtype), array(D_FF, RANK).astype(dtype), bias, array(1))
-    query, keys, values = array(batch, HEADS, HEAD_DIM), *(array(batch, HEADS, POSITIONS, HEAD_DIM) for _ in range(2))
+    num_blocks = batch * -(-POSITIONS // BLOCK_SIZE)
+    query, keys, values = array(batch, HEADS, HEAD_DIM), *(array(HEADS, num_blocks, BLOCK_SIZE, HEAD_DIM) for _ in range(2))
+    tables = jnp.asarray(rng.permutation(num_blocks).reshape(batch, -1), jnp.int32)
     lengths = jnp.asarray(rng.integers(1, POSITIONS + 1, batch), jnp.int32)
     return {
-        "attend_decode": (attend_decode, (query, keys, values, lengths)),
+        "attend_decode": (attend_decode, (query, keys, values, tables, lengths)),
         "linear": (linear, (x, up, bias)),
         "predict_low_rank": (_named_scores, (x, predictor)),
         "gathered_ffn": (

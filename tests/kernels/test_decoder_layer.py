@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from paged import random_cache, random_tables
 
 from inflash.kernels import decoder_layer, reference
 from inflash.kernels.compilation import jit
@@ -58,19 +59,27 @@ def test_decode_agrees_with_reference(rng, sizes, batch, dtype, norm_first):
     d_model, num_heads = sizes
     weights = layer_weights(rng, d_model, dtype)
     x = normal(rng, batch, d_model)
-    keys, values = normal(rng, 2, batch, num_heads, 32, d_model // num_heads)
+    tables, num_blocks = random_tables(rng, batch, 32, 8)
+    keys, values = (random_cache(rng, num_heads, num_blocks, 8, d_model // num_heads) for _ in "kv")
     positions = rng.integers(0, 32, batch, dtype=np.int32)
     shape = LayerShape(num_heads=num_heads, norm_first=norm_first, norm_epsilon=EPSILON, compute_dtype=np.dtype(dtype).name)
     step = jit(decoder_layer.attention_decode, static_argnames="shape")
-    residual, ffn_in, new_keys, new_values = map(np.asarray, step(x, on_device(weights), keys, values, positions, shape=shape))
+    residual, ffn_in, new_keys, new_values = map(
+        np.asarray, step(x, on_device(weights), keys, values, tables, positions, shape=shape)
+    )
+    written = np.zeros((num_blocks, 8), bool)
     for b, position in enumerate(positions):
-        before = keys[b, :, :position], values[b, :, :position]
+        before = (
+            [reference.positions_of(cache, tables[b], position) for cache in (keys, values)]
+            if position
+            else [np.zeros((num_heads, 0, d_model // num_heads))] * 2
+        )
         expected = reference.decoder_attention(x[b], weights, *before, num_heads, norm_first, EPSILON)
         np.testing.assert_allclose(residual[b], expected[0], atol=tolerance(dtype))
         np.testing.assert_allclose(ffn_in[b], expected[1], atol=tolerance(dtype))
-        untouched = np.arange(32) != position
-        np.testing.assert_array_equal(new_keys[b][:, untouched], keys[b][:, untouched])
-        np.testing.assert_array_equal(new_values[b][:, untouched], values[b][:, untouched])
+        written[tables[b, position // 8], position % 8] = True
+    np.testing.assert_array_equal(new_keys[:, ~written], keys[:, ~written])
+    np.testing.assert_array_equal(new_values[:, ~written], values[:, ~written])
 
 
 @pytest.mark.parametrize(("sizes", "dtype", "norm_first"), CHUNKS)
@@ -81,24 +90,29 @@ def test_chunks_and_single_tokens_agree(rng, sizes, dtype, norm_first):
     shape = LayerShape(num_heads=num_heads, norm_first=norm_first, norm_epsilon=EPSILON, compute_dtype=np.dtype(dtype).name)
     chunk = jit(functools.partial(decoder_layer.attention_chunk, shape=shape))
     step = jit(functools.partial(decoder_layer.attention_decode, shape=shape))
-    cache = normal(rng, 2, 1, num_heads, 24, d_model // num_heads)
-    others = normal(rng, 2, 1, num_heads, 24, d_model // num_heads)
-    keys, values = np.concatenate([others, cache], axis=1)
+    cache = [random_cache(rng, num_heads, 6, 8, d_model // num_heads) for _ in "kv"]
+    tables = np.asarray([[4, 0, 5], [3, 1, 2]], np.int32)
+    keys, values = cache
     parts = []
     for start, count in [(0, 16), (16, 5)]:  # 16 tokens from position 16 exceed the capacity of 24
         padded = np.full((16, d_model), 1e6, np.float32)
         padded[:count] = x[start : start + count]
-        residual, ffn_in, keys, values = chunk(padded, weights, keys, values, np.int32(1), np.int32(start), np.int32(count))
+        residual, ffn_in, keys, values = chunk(padded, weights, keys, values, tables[1], np.int32(start), np.int32(count))
         parts.append((np.asarray(residual)[:count], np.asarray(ffn_in)[:count]))
     step_keys, step_values = cache
     for t in range(21):
-        residual, ffn_in, step_keys, step_values = step(x[t : t + 1], weights, step_keys, step_values, np.asarray([t], np.int32))
+        residual, ffn_in, step_keys, step_values = step(
+            x[t : t + 1], weights, step_keys, step_values, tables[:1], np.asarray([t], np.int32)
+        )
         part, row = divmod(t, 16)
         np.testing.assert_allclose(parts[part][0][row], np.asarray(residual)[0], atol=tolerance(dtype))
         np.testing.assert_allclose(parts[part][1][row], np.asarray(ffn_in)[0], atol=tolerance(dtype))
-    np.testing.assert_allclose(np.asarray(keys)[1], np.asarray(step_keys)[0], atol=tolerance(dtype))
-    np.testing.assert_allclose(np.asarray(values)[1], np.asarray(step_values)[0], atol=tolerance(dtype))
-    np.testing.assert_array_equal(np.asarray(keys)[0], others[0, 0])
+    for chunked, stepped, before in zip((keys, values), (step_keys, step_values), cache, strict=True):
+        found = [
+            reference.positions_of(np.asarray(each), table, 21) for each, table in zip((stepped, chunked), tables, strict=True)
+        ]
+        np.testing.assert_allclose(found[1], found[0], atol=tolerance(dtype))
+        np.testing.assert_array_equal(np.asarray(chunked)[:, tables[0]], before[:, tables[0]])
 
 
 @pytest.mark.parametrize("projected", [False, True])

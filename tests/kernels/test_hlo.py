@@ -27,9 +27,10 @@ from inflash.kernels.compilation import jit
 from inflash.kernels.decoder_layer import LayerShape, attention_decode
 from inflash.kernels.linear import linear
 from inflash.kernels.predictor import LowRank
-from inflash.pipeline import cached_feed_forward, engine, feed_forward, matrix_source, predictors
+from inflash.pipeline import block_pool, cached_feed_forward, engine, feed_forward, kv_cache, matrix_source, predictors
 
 D, F, H, C, S, K, R, V = 1024, 4096, 16, 256, 2048, 1024, 256, 50272
+SIZE = block_pool.BLOCK_SIZE
 SHAPE, COMPUTE = LayerShape(num_heads=H), np.dtype(jnp.bfloat16)
 BATCHES = (1, 4, 8)  # 8 is the engine's default; above, kernels may gather rows, see `_add_slots`
 
@@ -156,7 +157,11 @@ def tables(embed_dim: int = D) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def cache(batch: int) -> jax.ShapeDtypeStruct:
-    return f32(batch, H, C, D // H)
+    return f32(H, batch * C // SIZE, SIZE, D // H)
+
+
+def block_tables(batch: int) -> jax.ShapeDtypeStruct:
+    return i32(batch, C // SIZE)
 
 
 def signs(batch: int) -> Lowered:
@@ -239,8 +244,8 @@ def test_native_forms_are_given_weights_where_they_lie(native_form: None) -> Non
 
 def test_native_attention_is_given_the_donated_cache_where_it_lies(native_form: None) -> None:
     batch = 4
-    arguments = (f32(batch, D), layer_weights(), cache(batch), cache(batch), i32(batch), SHAPE)
-    compiled = engine._attention_decode.lower(*arguments, num_positions=C).compile()
+    arguments = (f32(batch, D), layer_weights(), cache(batch), cache(batch), block_tables(batch), i32(batch), SHAPE)
+    compiled = kv_cache._attention_decode.lower(*arguments, num_positions=C).compile()
     assert "inflash_attend" in compiled.as_text()
     assert not copies(compiled, min(batch * C * D, D * D), cache=batch * C * D)
     assert_donated(compiled, batch)
@@ -249,8 +254,8 @@ def test_native_attention_is_given_the_donated_cache_where_it_lies(native_form: 
 @pytest.mark.parametrize("positions", [C, C // 2])
 @pytest.mark.parametrize("batch", BATCHES)
 def test_decoding_writes_the_donated_cache_in_place(batch: int, positions: int) -> None:
-    arguments = (f32(batch, D), layer_weights(), cache(batch), cache(batch), i32(batch), SHAPE)
-    compiled = engine._attention_decode.lower(*arguments, num_positions=positions).compile()
+    arguments = (f32(batch, D), layer_weights(), cache(batch), cache(batch), block_tables(batch), i32(batch), SHAPE)
+    compiled = kv_cache._attention_decode.lower(*arguments, num_positions=positions).compile()
     looked_at = batch * positions * D
     assert not copies(compiled, min(looked_at, D * D), cache=batch * C * D)
     assert_donated(compiled, batch)
@@ -259,8 +264,8 @@ def test_decoding_writes_the_donated_cache_in_place(batch: int, positions: int) 
 
 @pytest.mark.parametrize("batch", [1, 8])
 def test_prompts_write_the_donated_cache_in_place(batch: int) -> None:
-    arguments = (f32(32, D), layer_weights(), cache(batch), cache(batch), i32(), i32(), i32(), SHAPE)
-    compiled = engine._attention_chunk.lower(*arguments).compile()
+    arguments = (f32(32, D), layer_weights(), cache(batch), cache(batch), i32(C // SIZE), i32(), i32(), SHAPE)
+    compiled = kv_cache._attention_chunk.lower(*arguments).compile()
     whole = batch * C * D
     computations, entry = parse(compiled.as_text())
     assert not [i.text for i in buffers(computations, entry) if i.opcode == "copy" and i.elements == (whole,)]
@@ -285,7 +290,7 @@ def test_many_tokens_need_no_second_resident_block(num_tokens: int) -> None:
 def test_every_jitted_function_of_the_pipeline_is_known_here() -> None:
     """Whoever adds one says here whether it may copy."""
     found: set[str] = set()
-    for module in (cached_feed_forward, engine, feed_forward, matrix_source, predictors):
+    for module in (cached_feed_forward, engine, feed_forward, kv_cache, matrix_source, predictors):
         for name, value in vars(module).items():
             named = {f"{name}.{key}": inner for key, inner in value.items()} if isinstance(value, dict) else {name: value}
             found |= {full for full, inner in named.items() if isinstance(inner, type(jit(naive_product)))}
@@ -328,10 +333,14 @@ def test_a_copy_of_the_cache_would_be_noticed(why: str) -> None:
     batch = 4
     if why == "not donated":
         step = jit(partial(attention_decode, shape=SHAPE))
-        compiled = step.lower(f32(batch, D), layer_weights(), cache(batch), cache(batch), i32(batch)).compile()
+        compiled = step.lower(
+            f32(batch, D), layer_weights(), cache(batch), cache(batch), block_tables(batch), i32(batch)
+        ).compile()
         with pytest.raises(AssertionError):
             assert_donated(compiled, batch)
     else:
         half = jit(append_decode, donate_argnames="cache")
-        compiled = half.lower(bf16(batch, H, C, D // H), bf16(batch, H, D // H), i32(batch)).compile()
+        compiled = half.lower(
+            bf16(H, batch * C // SIZE, SIZE, D // H), bf16(batch, H, D // H), block_tables(batch), i32(batch)
+        ).compile()
     assert copies(compiled, batch * C * D, cache=batch * C * D)

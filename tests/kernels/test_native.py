@@ -17,6 +17,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from low_rank_predictors import assert_named, random_predictor
+from paged import random_cache, random_tables, spoil
 
 from inflash.errors import InflashError, RunError
 from inflash.kernels import native, reference
@@ -102,19 +103,26 @@ def test_predict_low_rank(rng, kernels, batch, dtype):
             assert_named(np.asarray(found), h, predictor, between)
 
 
-@pytest.mark.parametrize("shape", [(1, 4, 64, 32), (3, 3, 50, 17), (5, 2, 33, 20), (11, 12, 128, 8)])  # B, H, C, head_dim
+@pytest.mark.parametrize(
+    "shape", [(1, 4, 64, 32, 16), (3, 3, 50, 17, 5), (5, 2, 33, 20, 33), (11, 12, 128, 8, 32)]
+)  # B, H, positions, head_dim, size
 def test_attend_decode(rng, kernels, shape):
     """No position from a sequence's length on is read; those of length 0 give zeros."""
-    batch, num_heads, capacity, head_dim = shape
-    query, keys, values = normal(rng, batch, num_heads, head_dim), normal(rng, *shape), normal(rng, *shape)
+    batch, num_heads, capacity, head_dim, size = shape
+    tables, num_blocks = random_tables(rng, batch, capacity, size)
+    query, keys, values = (
+        normal(rng, batch, num_heads, head_dim),
+        *(random_cache(rng, num_heads, num_blocks, size, head_dim) for _ in "kv"),
+    )
     lengths = rng.integers(1, capacity + 1, batch).astype(np.int32)
     lengths[0] = capacity
-    expected = reference.attend_decode(query, keys, values, lengths)
+    expected = reference.attend_decode(query, keys, values, tables, lengths)
     if batch > 1:
         lengths[-1], expected[-1] = 0, 0
     for sequence, length in enumerate(lengths):
-        keys[sequence, :, length:] = values[sequence, :, length:] = np.nan
-    operands = [jnp.asarray(operand) for operand in (query, keys, values, lengths)]
+        spoil(keys, tables[sequence], length)
+        spoil(values, tables[sequence], length)
+    operands = [jnp.asarray(operand) for operand in (query, keys, values, tables, lengths)]
     np.testing.assert_allclose(attend_decode(*operands), expected, rtol=0, atol=1e-5)
 
 

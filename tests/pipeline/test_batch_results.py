@@ -8,13 +8,15 @@ from inflash.pipeline.batch_requests import CHAT, COMPLETIONS
 from inflash.pipeline.batch_results import failed_line, refused_line, success_line
 from inflash.pipeline.outputs import CompletionOutput, Logprob, RequestOutput
 
+USAGE = {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7, "prompt_tokens_details": {"cached_tokens": 2}}
+
 
 def an_output(num_choices: int = 1, text: str = "there was", logprobs: list[dict[int, Logprob]] | None = None) -> RequestOutput:
     choices = [
         CompletionOutput(index=index, text=text, token_ids=[4, 9], finish_reason="length", logprobs=logprobs)
         for index in range(num_choices)
     ]
-    return RequestOutput(request_id="0", prompt="Once upon", prompt_token_ids=[2, 7, 8], outputs=choices)
+    return RequestOutput(request_id="0", prompt="Once upon", prompt_token_ids=[2, 7, 8], outputs=choices, num_cached_tokens=2)
 
 
 def test_a_success_has_the_completion_object_s_form():
@@ -32,7 +34,7 @@ def test_a_success_has_the_completion_object_s_form():
         "created": 1_700_000_000,
         "model": "opt",
         "choices": [{"index": 0, **choice}, {"index": 1, **choice}],
-        "usage": {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7},
+        "usage": USAGE,
     }
 
 
@@ -93,7 +95,7 @@ def test_a_chat_has_the_chat_completion_object_s_form():
         "created": 1_700_000_000,
         "model": "opt",
         "choices": [{"index": 0, **choice}, {"index": 1, **choice}],
-        "usage": {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7},
+        "usage": USAGE,
     }
 
 

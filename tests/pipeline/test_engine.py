@@ -252,7 +252,7 @@ def test_a_run_that_does_not_fit_is_refused_with_the_figures(store: Store, mode:
 def test_a_kv_cache_that_does_not_fit_is_refused_and_the_engine_stays_usable(store: Store, reference, text: np.ndarray) -> None:
     with open_engine(store, ffn="hybrid") as engine:
         engine.prepare(2, 64)
-        with pytest.raises(InflashError, match=r"memory: .*KV cache of \d+ x 512 tokens .*use a smaller --max-num-seqs"):
+        with pytest.raises(InflashError, match=r"memory: .*KV cache of \d+ tokens .*use a smaller --max-num-seqs"):
             engine.prepare(1 << 26, 512)
         engine.prepare(2, 64)
         found, _ = teacher_forced(engine, [text[:8], text[:6]], [4, 4])

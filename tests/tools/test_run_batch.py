@@ -23,6 +23,10 @@ from safetensors.numpy import load_file, save_file
 from tiny_models import BUFFERED, FIRST_BYTE, convert_quietly, make_store
 
 from inflash import LLM, SamplingParams
+from inflash.pipeline.device import assumed_device
+from inflash.pipeline.hit_curves import assumed_curves
+from inflash.pipeline.options import EngineOptions
+from inflash.pipeline.planner import Planner
 from inflash.pipeline.result_file import ResultFile
 from inflash.storage.layout import bundles_path
 from inflash.storage.store import Store
@@ -205,6 +209,20 @@ def test_nonsense_scores_fail_their_requests_which_can_be_tried_again(tmp_path: 
     assert cli.main(command(tmp_path, store, "--retry-failed")) == 0
     assert answers(tmp_path)["r0"]["response"]["status_code"] == 200
     assert (counts := job(tmp_path).request_counts) and (counts.completed, counts.failed, counts.total) == (1, 0, 1)
+
+
+def test_a_request_that_memory_has_no_room_for_fails_alone(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # nothing is known of this machine
+    options = EngineOptions(predictor="exact", queue_depth=1, max_num_seqs=4)
+    memory = Planner(store, options, assumed_device(), assumed_curves(store)).least_bytes(1, 32)
+    bodies = [*completions([[5, 6], [7] * 28], max_tokens=4), *completions([[8, 9]], max_tokens=31)]
+    write_requests(tmp_path / "in.jsonl", bodies)
+    assert cli.main(command(tmp_path, store, "--memory", str(memory))) == 0
+    found = answers(tmp_path)
+    assert found["r0"]["error"] is found["r1"]["error"] is None
+    assert found["r2"]["error"]["code"] == "out_of_memory"
+    assert "may have 33 tokens together, and there is room for 32" in found["r2"]["error"]["message"]
+    assert (counts := job(tmp_path).request_counts) and (counts.completed, counts.failed) == (2, 1)
 
 
 def test_standard_input_and_output_work_in_a_pipe(store: Store, tmp_path: Path, capfd, monkeypatch: pytest.MonkeyPatch) -> None:
