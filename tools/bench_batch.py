@@ -27,6 +27,7 @@ _KILLED = (-9, 137)
 
 
 def run(arguments: argparse.Namespace) -> int:
+    from ..pipeline.fixed_shapes import capacity_for
     from ..pipeline.memory_parts import kv_cache_bytes
     from .plan_text import tokens_for
 
@@ -42,7 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
         for batch in arguments.batch:
             memory = arguments.memory_limit
             if arguments.kv_on_top:
-                memory += kv_cache_bytes(store, batch, length) - kv_cache_bytes(store, 1, length)
+                memory += kv_cache_bytes(store, (batch - 1) * capacity_for(length))
             for path in arguments.paths:
                 row = {"batch": batch, "path": path, "memory_bytes": memory}
                 config = {
