@@ -69,12 +69,11 @@ def test_decode_agrees_with_reference(rng, sizes, batch, dtype, norm_first):
     )
     written = np.zeros((num_blocks, 8), bool)
     for b, position in enumerate(positions):
-        before = (
-            [reference.positions_of(cache, tables[b], position) for cache in (keys, values)]
-            if position
-            else [np.zeros((num_heads, 0, d_model // num_heads))] * 2
+        nothing = np.zeros((num_heads, 0, d_model // num_heads))
+        own_keys, own_values = (
+            reference.positions_of(cache, tables[b], position) if position else nothing for cache in (keys, values)
         )
-        expected = reference.decoder_attention(x[b], weights, *before, num_heads, norm_first, EPSILON)
+        expected = reference.decoder_attention(x[b], weights, own_keys, own_values, num_heads, norm_first, EPSILON)
         np.testing.assert_allclose(residual[b], expected[0], atol=tolerance(dtype))
         np.testing.assert_allclose(ffn_in[b], expected[1], atol=tolerance(dtype))
         written[tables[b, position // 8], position % 8] = True
