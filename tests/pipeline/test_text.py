@@ -1,7 +1,7 @@
 import tracemalloc
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -43,13 +43,14 @@ def by_bytes(text: str) -> list[int]:
 
 
 @given(st.lists(st.integers(0, VOCABULARY + 5), max_size=40))
+@example([BYTE_IDS[b"\xed"], BYTE_IDS[b"\xa1"]])
 def test_any_tokens_read_as_the_tokenizer_itself_reads_them(ids):
     result, _, _ = stream(ids)
     known = [token for token in ids if token < VOCABULARY]
     whole = TOKENIZER.decode(known)
     assert whole.startswith(result.text)
     assert set(whole[len(result.text) :]) <= {"\ufffd"}  # what is no whole character yet
-    assert len(whole) - len(result.text) <= 1
+    assert len(whole) - len(result.text) <= 2  # Python waits for more after the first two bytes of a surrogate, too
 
 
 @given(st.text())
