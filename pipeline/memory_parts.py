@@ -15,6 +15,7 @@ from .plan import CACHED, RESIDENT, Plan, guessed_layers, plan_from_options
 from .predictors import predictor_bytes
 from .weights import compute_dtype, loaded_bytes
 
+_LOGITS = 10  # [B, V] f32 each: those of a step, the pieces they come from, and seven or eight that sampling with a filter makes
 _ACTIVATIONS = 5  # of a prompt's tokens at a time, [T, D] f32 each: input, residual, FFN input, sum, output
 
 
@@ -64,7 +65,7 @@ def activation_bytes(store: Store, plan: Plan) -> int:
     prompt = _ACTIVATIONS * max(plan.prompt_tokens, plan.max_length) * config.d_model
     scores = 2 * CHUNK_SIZES[-1] * config.num_heads * (capacity_for(plan.max_length) if plan.max_length else 0)
     hidden = 2 * CHUNK_SIZES[-1] * max(block_rows(store, plan.block_bytes), config.d_ff if RESIDENT in plan.ffn else 0)
-    logits = 4 * max(plan.num_seqs, 1) * config.vocab_size
+    logits = _LOGITS * max(plan.num_seqs, 1) * config.vocab_size
     return np.dtype(np.float32).itemsize * (prompt + max(scores, hidden, logits))
 
 

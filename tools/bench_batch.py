@@ -20,9 +20,6 @@ from .plan_run import ALLOWANCE_BYTES
 from .progress import progress_bar
 from .table import table
 
-RESERVE_BYTES = 128 << 20
-"""Of a row's memory that its plan leaves alone: the tokenizer, sampling, and what many sequences take that no account has."""
-
 _KILLED = (-9, 137)
 
 
@@ -47,7 +44,7 @@ def run(arguments: argparse.Namespace) -> int:
             for path in arguments.paths:
                 row = {"batch": batch, "path": path, "memory_bytes": memory}
                 config = {
-                    "memory": memory - RESERVE_BYTES,
+                    "memory": memory,
                     "path": path,
                     "prompts": token_ids[:batch].tolist(),
                     "tokens": arguments.tokens,
@@ -65,7 +62,7 @@ def _measured(model: Path, config: dict[str, Any]) -> dict[str, Any]:
         file.flush()
         command = [sys.executable, "-P", "-m", "inflash.tools.batch_row", file.name]
         try:
-            group = stack.enter_context(memory_group(config["memory"] + RESERVE_BYTES + ALLOWANCE_BYTES))
+            group = stack.enter_context(memory_group(config["memory"] + ALLOWANCE_BYTES))
             command = group.wrap(command)
         except NoCgroup:
             group = None
