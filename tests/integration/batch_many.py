@@ -67,8 +67,9 @@ def watch(process: subprocess.Popen[bytes], output: Path, count: int, py_spy: st
             except (FileNotFoundError, ProcessLookupError):
                 break  # it has just ended
         if py_spy and profiler is None and answered > 0.75 * count:
-            words = [py_spy, "record", "--native", "--threads", "--idle", "--pid", str(process.pid), "--duration", str(PROFILED_S)]
-            profiler = subprocess.Popen([*words, "--format", "raw", "--output", str(stacks)], stdout=subprocess.DEVNULL)
+            words = [py_spy, "record", "--native", "--threads", "--idle", "--format", "raw", "--output", str(stacks)]
+            words += ["--pid", str(process.pid), "--duration", str(PROFILED_S)]
+            profiler = subprocess.Popen(words, stdout=subprocess.DEVNULL)
     if profiler is not None:
         profiler.wait(120)
     return seen
