@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import InflashError
 from ..pipeline.llm import LLM
 from ..pipeline.plan import CACHED
 from ..pipeline.run_size import RunSize
 from ..pipeline.sampling_params import SamplingParams
 from .ablation_row import held_bytes
+from .row_result import tell_result
 
 _WARM_UP_PROMPT, _WARM_UP_TOKENS = 16, 3
 
@@ -80,16 +80,7 @@ def _run(llm: LLM, prompts: list[list[int]], params: list[SamplingParams], size:
 
 
 def main() -> int:
-    try:
-        result = measure(RowConfig(**json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))))
-    except InflashError as error:
-        print(json.dumps({"error": str(error)}), flush=True)
-        return 1
-    except Exception as error:  # the command says it in one sentence
-        print(json.dumps({"error": f"{type(error).__name__}: {error}"}), flush=True)
-        return 1
-    print(json.dumps({"result": result}), flush=True)
-    return 0
+    return tell_result(lambda: measure(RowConfig(**json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))))
 
 
 if __name__ == "__main__":

@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import InflashError
 from ..pipeline.engine import Engine
 from ..pipeline.options import EngineOptions
 from ..pipeline.plan import CACHED, Plan
 from ..storage.store import open_store
 from .ablation_row import held_bytes
+from .row_result import tell_result
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,16 +99,7 @@ class _Steps:
 
 
 def main() -> int:
-    try:
-        result = measure(RowConfig(**json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))), sys.stdin)
-    except InflashError as error:
-        print(json.dumps({"error": str(error)}), flush=True)
-        return 1
-    except Exception as error:  # the command says it in one sentence
-        print(json.dumps({"error": f"{type(error).__name__}: {error}"}), flush=True)
-        return 1
-    print(json.dumps({"result": result}), flush=True)
-    return 0
+    return tell_result(lambda: measure(RowConfig(**json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))), sys.stdin))
 
 
 if __name__ == "__main__":

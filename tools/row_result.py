@@ -1,0 +1,19 @@
+"""How a row of a bench, in a process of its own, tells the command what it found: one line of JSON, last."""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+from ..errors import InflashError
+
+
+def tell_result(measure: Callable[[], dict[str, Any]]) -> int:
+    """Prints `{"result": ...}`, or `{"error": ...}` in one sentence; returns the exit code."""
+    try:
+        document = {"result": measure()}
+    except InflashError as error:
+        document = {"error": str(error)}
+    except Exception as error:  # the command says it in one sentence
+        document = {"error": f"{type(error).__name__}: {error}"}
+    print(json.dumps(document), flush=True)
+    return 1 if "error" in document else 0
