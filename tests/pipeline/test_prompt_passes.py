@@ -45,7 +45,8 @@ def test_whoever_shares_a_block_comes_after_it_is_written(
         token_ids = np.full(length, 100 + number)
         token_ids[: shared * BLOCK_SIZE] = 7
         waiting.append(continuation(number, token_ids.tolist(), more))
-    order, slots = list(waiting), [None] * 3
+    order = list(waiting)
+    slots: list[Continuation | None] = [None] * 3
     passes, begun, complete, written = PromptPasses(cache, most), [], [], {}
     while waiting or any(slots):
         parts = passes.next_pass(slots, waiting)
