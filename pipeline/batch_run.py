@@ -11,6 +11,7 @@ from .batch_file import BatchFile
 from .batch_requests import CHAT, SAMPLING_FIELDS
 from .batch_results import failed_line, refused_line, success_line
 from .chat_template import ChatTemplateError
+from .grouping import alike_together
 from .outputs import RequestOutput
 from .requests import Request
 from .result_writer import ResultWriter
@@ -106,20 +107,22 @@ class BatchRun:
         entry = self._batch.request(index)
         return self._llm.make_request(entry.custom_id, entry.prompt, entry.sampling_params, index)
 
+    def _make_unless_refused(self, index: int) -> Request | None:
+        return None if index in self._refusals else self._make(index)
+
     def _requests(self, on_request: Callable[[], object]) -> Iterator[Request]:
-        """What can be run, one by one; refuses the rest. Waits while no more results can be kept."""
-        for index in map(int, np.flatnonzero(~self._done)):
+        """What can be run, one by one, like prompts together; refuses the rest. Waits while no more results can be kept."""
+        for index, request in alike_together(map(int, np.flatnonzero(~self._done)), self._make_unless_refused):
             while not self.draining and not self._writer.wait_ready(_LISTEN_S):
                 pass
             if self.draining:
                 return
             self._done[index] = True
-            if index in self._refusals:
+            if request is None:
                 self.refused += 1
                 self._writer.write(self._refusal(index), succeeded=False)
                 on_request()
                 continue
-            request = self._make(index)
             length = min(len(request.prompt_token_ids) + request.sampling_params.max_tokens, self._llm.max_model_len)
             if length > self._longest:
                 self._fail(request.request_id, "out_of_memory", _TOO_LONG.format(length, self._longest))

@@ -5,9 +5,7 @@ Axes: B sequences in lockstep, T tokens of a chunk, D d_model, F d_ff, V vocabul
 The letters are those of the drawing in docs/architecture.md.
 """
 
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Self
@@ -23,7 +21,7 @@ from ..storage.store import Store
 from . import native_library
 from .block_pool import BLOCK_SIZE
 from .feed_forward import Tile
-from .fixed_shapes import CHUNK_SIZES, SMALLEST_CAPACITY, Chunk, capacity_for, doublings, fitting, split_prompt
+from .fixed_shapes import CHUNK_SIZES, SMALLEST_CAPACITY, Chunk, capacity_for, doublings, fitting, group_chunks, split_prompt
 from .host_memory import check_fits, keep_one_arena, trim
 from .kv_cache import KVCache, num_cache_blocks
 from .layered_feed_forward import LayeredFeedForward
@@ -43,8 +41,9 @@ from .predictors import (
 )
 from .recall_probe import RecallProbe
 from .slab import Slab, SlabPlan
+from .step_timer import StepTimer
 from .step_times import StepTimes
-from .trace import ATTENTION, COMPILE, HEAD, LAYER, PREDICT, PROMPT, START, STEP, recorder
+from .trace import ATTENTION, COMPILE, HEAD, LAYER, PREDICT, START, recorder
 from .weights import compute_dtype, load_weights, zeros
 
 _after_ffn = jit(after_ffn, static_argnames="shape")
@@ -87,7 +86,7 @@ class Engine:
         self.plan = plan or plan_from_options(store, options)
         self.store, self.config, self.options = store, store.config, options
         self.times, self._trace = times or StepTimes(), recorder()
-        self._closed, self._broken, self._split_rows = False, False, split_rows
+        self._closed, self._split_rows = False, split_rows
         self._live: LivePage | None = None
         self._recall: RecallProbe | None = None
         self.compute = compute_dtype(options.compute_dtype, store.dtype)
@@ -136,6 +135,7 @@ class Engine:
             about = about_run(self.store, options, plan, native=self._native)
             assert self._slab.descriptor is not None
             self._live = LivePage(about, self._slab.descriptor, self._pool.counter_places)
+            self._timer = StepTimer(self.times, self._pool, self._live)
             self._predictor = self._make_predictor()
             self._ahead = self._load_predictor(plan.prefetch, guessed_layers(plan)) if plan.prefetch else None
         except BaseException:
@@ -188,30 +188,33 @@ class Engine:
             trim()  # compiling leaves much behind
 
     def process_prompts(self, prompts: Sequence[tuple[int, np.ndarray]]) -> jax.Array:
-        """Runs prompts (sequence, token ids) into the KV cache, layer by layer, every streamed block used for all of them.
+        """Runs prompts (sequence, token ids) into the KV cache, from the position on that its `num_cached` says.
+
+        At most `plan.prompt_tokens` pass at a time, layer by layer, and every streamed block is used for all of them.
 
         Returns:
           [B, V] f32: row s is the logits after the last token of sequence s; rows of other sequences mean nothing.
         """
-        num_cached = self.kv_cache.num_cached
-        self.times.cached_tokens += sum(num_cached[sequence] for sequence, _ in prompts)
+        num_cached, hidden = self.kv_cache.num_cached, zeros((self.num_seqs, self.config.d_model))
         chunks = [chunk for sequence, ids in prompts for chunk in split_prompt(sequence, ids, num_cached[sequence])]
-        with self._timed_prompt(sum(chunk.count for chunk in chunks)):
-            outputs = self._run_chunks(chunks)
-            hidden = zeros((self.num_seqs, self.config.d_model))
-            for chunk, x in zip(chunks, outputs, strict=True):  # a sequence's last chunk comes last
-                hidden = _put_row(hidden, x, np.int32(chunk.count - 1), np.int32(chunk.sequence))
-            return self._head(hidden)
+        logits = hidden
+        for part in group_chunks(chunks, self.plan.prompt_tokens):
+            with self._timer.prompt(sum(chunk.count for chunk in part)):
+                for chunk, x in zip(part, self._run_chunks(part), strict=True):  # a sequence's last chunk comes last
+                    hidden = _put_row(hidden, x, np.int32(chunk.count - 1), np.int32(chunk.sequence))
+                logits = self._head(hidden)
+        return logits
 
     def all_logits(self, token_ids: np.ndarray) -> np.ndarray:
         """[T] token ids to [T, V] f32 logits, each token's feed-forward neurons chosen as a decoding step would."""
         longest = max(len(token_ids), min(self.capacity, self.config.max_positions))
         self.prepare(max(self.num_seqs, 1), longest, max(self.kv_cache.num_positions, len(token_ids)))
-        with self._timed_prompt(len(token_ids)):
-            chunks = split_prompt(0, token_ids)
-            logits = self.matrices.logits(self._run_chunks(chunks, predict=True))
-            parts = [np.asarray(rows)[: chunk.count] for chunk, rows in zip(chunks, logits, strict=True)]
-            return np.concatenate(parts)
+        parts = []
+        for chunks in group_chunks(split_prompt(0, token_ids), self.plan.prompt_tokens):
+            with self._timer.prompt(sum(chunk.count for chunk in chunks)):
+                logits = self.matrices.logits(self._run_chunks(chunks, predict=True))
+                parts += [np.asarray(rows)[: chunk.count] for chunk, rows in zip(chunks, logits, strict=True)]
+        return np.concatenate(parts)
 
     def decode(self, token_ids: np.ndarray, positions: np.ndarray, active: np.ndarray) -> jax.Array:
         """One token for every sequence.
@@ -224,7 +227,7 @@ class Engine:
         Returns:
           [B, V] f32 logits of the next tokens.
         """
-        with self._timed_step(int(active.sum())):
+        with self._timer.step(int(active.sum())):
             bound = fitting(int(positions.max()) + 1, doublings(SMALLEST_CAPACITY, self.capacity))
             x = self.matrices.embed(token_ids, positions)
             tables, before = self.kv_cache.tables(active), None
@@ -356,44 +359,3 @@ class Engine:
             self.after_ffn(0, tile.residual)
             self.matrices.embed(chunk.token_ids, chunk.token_ids)
             _put_row(x, tile.residual, np.int32(0), np.int32(0))
-
-    @contextmanager
-    def _whole(self) -> Iterator[None]:
-        """A step that ends early leaves slots that were promised neurons and never got them: nothing may follow it."""
-        if self._broken:
-            raise InflashError("an earlier step of this model failed or was interrupted; make a new LLM")
-        self._broken = True
-        yield
-        self._broken = False
-
-    @contextmanager
-    def _timed_prompt(self, num_tokens: int) -> Iterator[None]:
-        began, requested = time.perf_counter_ns(), self._pool.bytes_requested
-        with self._whole(), self._trace.span(PROMPT, value=num_tokens):
-            yield
-        trim()  # the activations of many tokens leave holes that steps do not fill
-        elapsed = time.perf_counter_ns() - began
-        self.times.prompt_ns += elapsed
-        self.times.total_ns += elapsed
-        self.times.prompt_tokens += num_tokens
-        self.times.prompt_bytes += self._pool.bytes_requested - requested
-        self._show()
-
-    @contextmanager
-    def _timed_step(self, num_tokens: int) -> Iterator[None]:
-        began, requested, wait_ns = time.perf_counter_ns(), self._pool.bytes_requested, self._pool.wait_ns
-        self._trace.step = self.times.steps
-        with self._whole(), self._trace.span(STEP, value=num_tokens):
-            yield
-        elapsed = time.perf_counter_ns() - began
-        self.times.decode_ns += elapsed
-        self.times.total_ns += elapsed
-        self.times.io_wait_ns += self._pool.wait_ns - wait_ns
-        self.times.decode_bytes += self._pool.bytes_requested - requested
-        self.times.steps += 1
-        self.times.tokens += num_tokens
-        self._show()
-
-    def _show(self) -> None:
-        assert self._live is not None
-        self._live.update(self.times)

@@ -1,5 +1,6 @@
 """The few sizes that kernels are compiled for: what varies is padded to the next of them, so that nothing compiles while running."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -58,3 +59,15 @@ def split_prompt(sequence: int, token_ids: np.ndarray, first: int = 0) -> list[C
         chunks.append(Chunk(sequence, start, len(part), padded(part, size)))
         start += size
     return chunks
+
+
+def group_chunks(chunks: Sequence[Chunk], most_tokens: int) -> list[list[Chunk]]:
+    """Chunks in their order, in groups of at most so many tokens, or of one chunk with more."""
+    groups, left = [], 0
+    for chunk in chunks:
+        if not groups or chunk.count > left:
+            groups.append([])
+            left = most_tokens
+        groups[-1].append(chunk)
+        left -= chunk.count
+    return groups

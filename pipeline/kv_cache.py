@@ -29,7 +29,7 @@ class KVCache:
     Attributes:
       pool: the blocks.
       num_seqs, capacity: B, and the positions that a table has room for.
-      num_cached: for each sequence how many positions of its prompt were there already when it was admitted.
+      num_cached: for each sequence how many positions of its prompt are there already: those that it shares, and later what has passed.
     """
 
     def __init__(

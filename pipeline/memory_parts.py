@@ -62,7 +62,7 @@ def check_kv_cache(store: Store, num_positions: int) -> None:
 def activation_bytes(store: Store, plan: Plan) -> int:
     """What passes through the layers: of prompts, and of a decoding step."""
     config = store.config
-    prompt = _ACTIVATIONS * max(plan.prompt_tokens, plan.max_length) * config.d_model
+    prompt = _ACTIVATIONS * plan.prompt_tokens * config.d_model
     scores = 2 * CHUNK_SIZES[-1] * config.num_heads * (capacity_for(plan.max_length) if plan.max_length else 0)
     hidden = 2 * CHUNK_SIZES[-1] * max(block_rows(store, plan.block_bytes), config.d_ff if RESIDENT in plan.ffn else 0)
     logits = _LOGITS * max(plan.num_seqs, 1) * config.vocab_size

@@ -15,7 +15,9 @@ CACHED, STREAMED, RESIDENT = "cached", "streamed", "resident"
 """A layer's neurons while decoding: the predicted ones through a cache; all of them streamed; all of them in memory."""
 
 BLOCK_BYTES = 8 << 20  # at 2 GB/s the disk takes 4 ms for it: a thousand times the cost of asking
-PROMPT_TOKENS = 4096  # of prompts that pass through the layers together; more would only hold more activations
+PROMPT_TOKENS = (
+    1024  # of prompts that pass at a time: computing takes ten times what reading all layers does, see docs/architecture.md
+)
 
 _MATRICES = frozenset({"qkv", "attention_out"})
 _HEAD = frozenset({"tokens", "head"})
@@ -34,7 +36,7 @@ class Plan:
       prefetch: the look-ahead predictor; None: nothing is read before its layer.
       loaders, queue_depth, merge_gap: see `EngineOptions`.
       block_bytes: of a block of neurons that is streamed.
-      prompt_tokens: tokens of prompts that pass through the layers together, unless one prompt alone has more.
+      prompt_tokens: tokens of prompts that pass through the layers at a time, at most.
       num_seqs, max_length: sequences decoded together, and the longest; 0 where `Engine.prepare` decides.
       kv_positions: of the KV cache, which sequences of any length share; 0 where `Engine.prepare` decides.
     """

@@ -21,13 +21,12 @@ from .fixed_shapes import capacity_for
 from .hit_curves import HitCurves
 from .memory_parts import total_bytes
 from .options import EngineOptions
-from .plan import BLOCK_BYTES, CACHED, RESIDENT, STREAMED, Plan, plan_from_options
+from .plan import BLOCK_BYTES, CACHED, PROMPT_TOKENS, RESIDENT, STREAMED, Plan, plan_from_options
 from .predictors import choose_predictor, choose_prefetch
 
 _ATTENTION_STEPS = 8  # numbers of streamed layers that are tried, besides none
 _SLOT_STEPS = 64  # of a layer's neurons
 _SMALL_BLOCK_BYTES = 2 << 20
-_PROMPT_TOKENS = 1024
 _MOST_DEPTH = 128
 _MOST_SCALE = 10.0  # that a few steps may change a curve by
 
@@ -194,7 +193,7 @@ class Planner:
             "num_seqs": num_seqs,
             "max_length": max_length,
             "kv_positions": num_seqs * capacity_for(max_length),
-            "prompt_tokens": min(_PROMPT_TOKENS, num_seqs * max_length),
+            "prompt_tokens": min(PROMPT_TOKENS, num_seqs * max_length),
             **self._reads,
         }
         if self._given is not None:

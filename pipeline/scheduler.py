@@ -8,6 +8,7 @@ import numpy as np
 
 from .engine import Engine
 from .outputs import RequestOutput
+from .prompt_passes import PromptPart, PromptPasses
 from .requests import Continuation, Request, RequestProgress
 from .run_size import RunSize
 from .sampler import Sampler
@@ -53,22 +54,17 @@ class Scheduler:
         source = iter(requests)
         waiting: deque[Continuation] = deque()
         slots: list[Continuation | None] = [None] * self._engine.num_seqs
+        passes = PromptPasses(self._engine.kv_cache, self._engine.plan.prompt_tokens)
         while True:
             self._take(source, waiting, slots, progress, ready)
             if not waiting and not any(slots):
                 return
-            running = [(row, c) for row, c in enumerate(slots) if c is not None]
-            admitted = self._admit(slots, waiting, self._engine.plan.prompt_tokens)
-            if admitted:
-                logits = self._engine.process_prompts([(row, _prompt(c)) for row, c in admitted])
-                for _, c in admitted:
-                    progress[c.request.number].mark("first_scheduled_time")
-                self._extend(logits, admitted, on_tokens)
-                for _, c in admitted:
-                    progress[c.request.number].mark("first_token_time")
-            else:
+            if parts := passes.next_pass(slots, waiting):
+                self._process(parts, progress, on_tokens)
+                yield from self._finished(slots, progress)
+            if running := [(row, c) for row, c in enumerate(slots) if c is not None and c.token_ids]:
                 self._extend(self._decode(running), running, on_tokens)
-            yield from self._finished(slots, progress)
+                yield from self._finished(slots, progress)
 
     def _prepare(self, size: RunSize) -> None:
         """Sizes the engine for these requests, in powers of two so that the next call finds it compiled."""
@@ -100,25 +96,20 @@ class Scheduler:
     def _begin(self, request: Request) -> RequestProgress:
         return RequestProgress(request, max_length=self._max_length, end_ids=self._end_ids, token_bytes=self._token_bytes)
 
-    def _admit(
-        self, slots: list[Continuation | None], waiting: deque[Continuation], most_tokens: int
-    ) -> list[tuple[int, Continuation]]:
-        """Puts waiting continuations into free slots, in order: as many as pass through the layers together and find free blocks."""
-        cache, admitted, num_tokens = self._engine.kv_cache, list[tuple[int, Continuation]](), 0
-        for row in (row for row, occupant in enumerate(slots) if occupant is None):
-            if not waiting:
-                break
-            token_ids = _prompt(waiting[0])
-            num_tokens += len(token_ids) - cache.pool.num_cached(token_ids)
-            if admitted and num_tokens > most_tokens:
-                break
-            if not cache.admit(row, token_ids, len(token_ids) + waiting[0].most_tokens):
-                break
-            continuation = waiting.popleft()
-            continuation.num_cached_tokens = cache.num_cached[row]
-            slots[row] = continuation
-            admitted.append((row, continuation))
-        return admitted
+    def _process(
+        self, parts: Sequence[PromptPart], progress: dict[int, RequestProgress], on_tokens: Callable[[int], None]
+    ) -> None:
+        """Runs a pass of prompts; those that are complete get their first token."""
+        for part in parts:
+            progress[part.continuation.request.number].mark("first_scheduled_time")
+            if part.continuation.num_cached_tokens is None:
+                part.continuation.num_cached_tokens = self._engine.kv_cache.num_cached[part.row]
+                self._engine.times.cached_tokens += part.continuation.num_cached_tokens
+        logits = self._engine.process_prompts([(part.row, part.token_ids) for part in parts])
+        if complete := [(part.row, part.continuation) for part in parts if part.is_last]:
+            self._extend(logits, complete, on_tokens)
+        for _, continuation in complete:
+            progress[continuation.request.number].mark("first_token_time")
 
     def _decode(self, running: Iterable[tuple[int, Continuation]]) -> jax.Array:
         token_ids = np.zeros(self._engine.num_seqs, np.int32)
@@ -148,8 +139,3 @@ class Scheduler:
                 state.mark("finished_time")
                 del progress[continuation.request.number]
                 yield state.output()
-
-
-def _prompt(continuation: Continuation) -> np.ndarray:
-    """[T] int32."""
-    return np.asarray(continuation.request.prompt_token_ids, np.int32)

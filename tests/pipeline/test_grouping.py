@@ -1,0 +1,36 @@
+"""Like prompts together, and nobody waits for more than a group."""
+
+from itertools import pairwise
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from inflash import SamplingParams
+from inflash.pipeline.grouping import GROUP_SIZE, alike_together
+from inflash.pipeline.requests import Request
+
+PARAMS = SamplingParams()
+
+
+def request(number: int, token_ids: list[int]) -> Request:
+    return Request(request_id="", prompt=None, prompt_token_ids=token_ids, sampling_params=PARAMS, number=number)
+
+
+@given(st.integers(0, 3 * GROUP_SIZE), st.integers(1, 9), st.integers(2, 40))
+def test_prompts_that_begin_alike_are_neighbours_and_nobody_starves(count: int, num_beginnings: int, refused_every: int) -> None:
+    made: list[int] = []
+
+    def make(index: int) -> Request | None:
+        made.append(index)
+        return request(index, [index % num_beginnings] * 40 + [index]) if index % refused_every else None
+
+    order = []
+    for place, (index, one) in enumerate(alike_together(range(count), make)):
+        assert len(made) <= place + GROUP_SIZE  # no more are kept
+        assert abs(place - index) < GROUP_SIZE
+        assert (one is None) == (index % refused_every == 0) and (one is None or one.number == index)
+        order.append((index, one))
+    assert sorted(index for index, _ in order) == list(range(count)) == made
+    for start in range(0, count, GROUP_SIZE):
+        runs = [one.prompt_token_ids[0] for _, one in order[start : start + GROUP_SIZE] if one]
+        assert sum(before != after for before, after in pairwise(runs)) == max(len(set(runs)) - 1, 0)
