@@ -15,7 +15,7 @@ import numpy as np
 from ..kernels.compilation import jit
 from ..kernels.sparse_ffn import gathered_ffn
 from ..storage.store import Store
-from .feed_forward import Tile, shortest_s
+from .feed_forward import Passing, Tile, shortest_s
 from .fixed_shapes import SMALLEST_GATHER, doublings, fitting
 from .loader_pool import LoaderPool, Ticket
 from .neuron_cache import LeastFrequentlyUsed, Placement, make_cache
@@ -102,6 +102,23 @@ class CachedFeedForward:
             if count < self.slots[layer]:
                 self._layers[layer].discard(self._slab, count)
             self.slots[layer] = count
+
+    def has_room(self, layer: int) -> bool:
+        """Whether neurons that pass by may be kept: some slots were never used, and the policy does not mind who fills them."""
+        cache = self._caches[layer]
+        return isinstance(cache, LeastFrequentlyUsed) and not cache.full
+
+    def keep_passing(self, layer: int, votes: np.ndarray) -> Passing:
+        """What is to be shown the layer's blocks, so that the neurons with most votes [F] are kept, as many as there is room for."""
+        cache, rows = self._caches[layer], self._layers[layer]
+        assert isinstance(cache, LeastFrequentlyUsed)
+        wanted = cache.wanted(votes)
+
+        def keep(first: int, count: int, passing: NeuronRows) -> None:
+            some = wanted[slice(*np.searchsorted(wanted, (first, first + count)))]
+            passing.copy_to(rows, some - first, cache.fill(some, votes[some]))
+
+        return keep
 
     def observe(self, times: StepTimes) -> None:
         """Counts hits, misses and memory management into `times` from now on."""

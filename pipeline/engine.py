@@ -7,6 +7,7 @@ The letters are those of the drawing in docs/architecture.md.
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Self
 
@@ -39,6 +40,7 @@ from .predictors import (
     StoredPredictor,
     predict_and_guess,
 )
+from .prompt_votes import count_votes, take_rows
 from .recall_probe import RecallProbe
 from .slab import Slab, SlabPlan
 from .step_timer import StepTimer
@@ -304,11 +306,18 @@ class Engine:
             with self._trace.span(ATTENTION, layer):
                 tiles = [self._attend(layer, weights, chunk, x) for chunk, x in zip(chunks, outputs, strict=True)]
                 self.matrices.give_back_attention(layer, tiles[-1].residual)
+            votes = None
             if predict:
                 tiles = [self._predicting(layer, tile, last) for tile, last in zip(tiles, before, strict=True)]
-                before = tiles
-            outputs = [self.after_ffn(layer, x) for x in self.neurons.add_prompt(layer, tiles)]
+            elif self.neurons.has_room(layer):
+                votes = self._votes(layer, tiles, before)
+            outputs, before = [self.after_ffn(layer, x) for x in self.neurons.add_prompt(layer, tiles, votes)], tiles
         return outputs
+
+    def _votes(self, layer: int, tiles: Sequence[Tile], before: Sequence[Tile | None]) -> np.ndarray:
+        with self._trace.span(PREDICT, layer):
+            predict = partial(self._predicting, layer, guess=True)  # the kernel that steps use
+            return count_votes(predict, tiles, before, self.num_seqs)
 
     def _attend(self, layer: int, weights: dict[str, jax.Array], chunk: Chunk, x: jax.Array) -> Tile:
         residual, ffn_in = self.kv_cache.attend_chunk(layer, x, weights, chunk)
@@ -359,3 +368,4 @@ class Engine:
             self.after_ffn(0, tile.residual)
             self.matrices.embed(chunk.token_ids, chunk.token_ids)
             _put_row(x, tile.residual, np.int32(0), np.int32(0))
+            take_rows(tile, nothing, self.num_seqs)

@@ -56,6 +56,10 @@ class Tile:
     guessed: jax.Array | None = None
 
 
+Passing = Callable[[int, int, NeuronRows], None]
+"""Is shown each block of a layer while its rows are in memory: its first neuron, their number, and the rows."""
+
+
 class FeedForward(Protocol):
     """Adds a layer's neurons to the residual stream."""
 
@@ -122,14 +126,14 @@ class StreamedFeedForward:
         (total,) = self._add(layer, [tile])
         return total
 
-    def add_neurons(self, layer: int, tiles: Sequence[Tile]) -> list[jax.Array]:
+    def add_neurons(self, layer: int, tiles: Sequence[Tile], passing: Passing | None = None) -> list[jax.Array]:
         self._follow_prompts()
-        return self._add(layer, tiles)
+        return self._add(layer, tiles, passing)
 
     def _follow_prompts(self) -> None:
         self._stream.follow(self._of_prompts, cyclic=self._of_steps is self._of_prompts)
 
-    def _add(self, layer: int, tiles: Sequence[Tile]) -> list[jax.Array]:
+    def _add(self, layer: int, tiles: Sequence[Tile], passing: Passing | None = None) -> list[jax.Array]:
         sums = [tile.residual for tile in tiles]
         masks = self._padded_masks(tiles)
         for block in range(self._blocks):
@@ -138,6 +142,8 @@ class StreamedFeedForward:
                 for number, tile in enumerate(tiles):
                     arguments = self._block_arguments(layer, block, buffer, masks[number])
                     sums[number] = self._add_block(sums[number], tile, *arguments)
+            if passing is not None:
+                passing(block * self._length, self._count(block), self._buffers[buffer])
             self._stream.give_back(buffer, sums[-1])
         return sums
 

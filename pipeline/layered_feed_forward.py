@@ -64,6 +64,10 @@ class LayeredFeedForward:
         """Whether a guess of the layer's neurons is wanted."""
         return self.is_cached(layer) and not self._is_dense(layer)
 
+    def has_room(self, layer: int) -> bool:
+        """Whether the layer's cache can keep some of what prompts stream."""
+        return self._ways[layer] == CACHED and self.cached is not None and self.cached.has_room(layer)
+
     def observe(self, times: StepTimes) -> None:
         """Counts what steps cost into `times` from now on."""
         self._times = times
@@ -123,9 +127,12 @@ class LayeredFeedForward:
         assert self.streamed is not None
         self.streamed.stream_in_steps(layers, again=again)
 
-    def add_prompt(self, layer: int, tiles: Sequence[Tile]) -> list[jax.Array]:
-        """Prompts' residuals [T, D] with the layer's neurons added."""
-        return self._of_prompts(layer).add_neurons(layer, tiles)
+    def add_prompt(self, layer: int, tiles: Sequence[Tile], votes: np.ndarray | None = None) -> list[jax.Array]:
+        """Prompts' residuals [T, D] with the layer's neurons added; those with most votes [F] are kept where `has_room` said so."""
+        if votes is None:
+            return self._of_prompts(layer).add_neurons(layer, tiles)
+        assert self.streamed is not None and self.cached is not None
+        return self.streamed.add_neurons(layer, tiles, self.cached.keep_passing(layer, votes))
 
     def _of_prompts(self, layer: int) -> FeedForward:
         way = self.resident if self._ways[layer] == RESIDENT else self.streamed

@@ -209,6 +209,19 @@ class LeastFrequentlyUsed:
     def resident(self) -> np.ndarray:
         return np.sort(self._neuron_in[self._neuron_in >= 0])
 
+    def wanted(self, votes: np.ndarray) -> np.ndarray:
+        """The neurons not in memory that have most votes, as many as slots were never used: [n] int32, ascending; votes are [F]."""
+        absent = np.flatnonzero(self._slot_of < 0)
+        count = min(self.num_slots - self._num_used, len(absent))
+        return np.sort(absent[np.argsort(-votes[absent], kind="stable")[:count]]).astype(np.int32)
+
+    def fill(self, neuron_ids: np.ndarray, votes: np.ndarray) -> np.ndarray:
+        """Slots that were never used, [n] int32, for neurons not in memory; a vote, [n], counts as a use. The caller fills them."""
+        slots = self._take(len(neuron_ids))
+        self._slot_of[neuron_ids], self._neuron_in[slots] = slots, neuron_ids
+        self._count[slots] = self._weight * votes
+        return slots
+
     def num_missing(self, neuron_ids: np.ndarray) -> int:
         """How many of the neurons are not in memory; changes nothing."""
         return int(np.count_nonzero(self._slot_of[neuron_ids] < 0))

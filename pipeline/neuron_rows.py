@@ -32,7 +32,13 @@ class NeuronRows:
 
     def bind(self, slab: Slab) -> None:
         shape = (self.num_rows, self._bundles.d_model)
-        self.up, self.down = (alias(slab.array(o, shape, dtype_of(self._bundles.dtype))) for o in self.offsets)
+        self._parts = [slab.array(o, shape, dtype_of(self._bundles.dtype)) for o in self.offsets]
+        self.up, self.down = (alias(part) for part in self._parts)
+
+    def copy_to(self, other: "NeuronRows", rows: np.ndarray, others: np.ndarray) -> None:
+        """Copies rows [n] int to the other's rows [n] int, none of which a kernel reads just now."""
+        for source, target in zip(self._parts, other._parts, strict=True):
+            target[others] = source[rows]
 
     def discard(self, slab: Slab, first: int) -> None:
         """Gives back the memory of the rows from `first` on."""

@@ -11,6 +11,7 @@ from synthetic_stores import synthetic_store
 from tiny_models import BUFFERED
 
 from inflash.errors import InflashError
+from inflash.pipeline.cached_feed_forward import CachedFeedForward
 from inflash.pipeline.engine import Engine
 from inflash.pipeline.loader_pool import LoaderPool
 from inflash.pipeline.options import EngineOptions
@@ -63,6 +64,17 @@ def test_a_guess_may_come_late_be_wrong_and_crowd_the_cache(
     found, engine = decode(store, prefetch="planted-ahead", **cache)
     np.testing.assert_allclose(found, plain[0], rtol=0, atol=TOLERANCE)
     assert engine.times.prefetched > 0
+
+
+def test_prompts_leave_full_caches(store: Store, plain: tuple[np.ndarray, Engine], monkeypatch: pytest.MonkeyPatch) -> None:
+    """With room for every neuron nothing is read after a prompt; with less room, less than by a cache that begins empty."""
+    found, engine = decode(store, cache_neurons=1.0)
+    np.testing.assert_allclose(found, plain[0], rtol=0, atol=TOLERANCE)
+    assert engine.times.misses == engine.times.decode_bytes == 0 < engine.times.hits
+    monkeypatch.setattr(CachedFeedForward, "has_room", lambda *_: False)
+    found, empty = decode(store)
+    np.testing.assert_allclose(found, plain[0], rtol=0, atol=TOLERANCE)
+    assert plain[1].times.misses < 0.9 * empty.times.misses
 
 
 def _unless_waiting(finished: Callable) -> Callable:

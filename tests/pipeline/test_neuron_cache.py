@@ -142,6 +142,21 @@ class FrequencyMachine(RuleBasedStateMachine):
         self.slot_of = {neuron: slot for neuron, slot in self.slot_of.items() if neuron not in evicted}
         self.slot_of |= dict(zip(misses, given, strict=True))
 
+    @rule(data=st.data(), block=st.integers(1, 40))
+    def fill(self, data: st.DataObject, block: int) -> None:
+        """All neurons pass by in blocks, and free slots keep those that have most votes."""
+        votes = np.asarray(data.draw(st.lists(st.integers(0, 3), min_size=self.num_neurons, max_size=self.num_neurons)))
+        wanted = self.cache.wanted(votes)
+        absent = sorted(set(range(self.num_neurons)) - set(self.slot_of), key=lambda neuron: (-votes[neuron], neuron))
+        assert wanted.tolist() == sorted(absent[: self.num_slots - len(self.slot_of)])
+        for start in range(0, len(wanted), block):
+            some = wanted[start : start + block]
+            given = self.cache.fill(some, votes[some]).tolist()
+            assert len(set(given)) == len(given) and not set(given) & set(self.slot_of.values())
+            assert all(0 <= slot < self.num_slots for slot in given)
+            self.slot_of |= dict(zip(some.tolist(), given, strict=True))
+        assert self.cache.full or len(self.slot_of) == self.num_neurons
+
     @invariant()
     def keeps_what_it_was_given(self) -> None:
         if hasattr(self, "cache"):
@@ -165,6 +180,16 @@ def test_what_is_used_often_survives_a_burst_of_what_is_used_once() -> None:
         misses[policy] = len(cache.place(often).miss_ids)
     assert misses["lfu"] <= 4
     assert misses["lru"] == 40
+
+
+def test_what_nobody_voted_for_leaves_first() -> None:
+    """A full cache, half of it with two votes each; as many other neurons as the other half come one by one."""
+    cache, votes = LeastFrequentlyUsed(200, 100), np.repeat([2, 0, 0], [50, 50, 100])
+    cache.fill(cache.wanted(votes), votes[:100])
+    for neuron in range(100, 150):
+        cache.begin_token()
+        cache.place(np.asarray([neuron], np.int32))
+    assert np.isin(np.arange(50), cache.resident()).sum() > 40  # the hand sees a few slots at a time
 
 
 def test_what_a_token_was_given_stays_while_there_are_others() -> None:

@@ -167,10 +167,11 @@ def test_generation_goes_on_from_the_prompt_s_end(store: Store, recorded) -> Non
     assert [[row for row, _ in prompts] for prompts in engine.prompts] == [[0, 1], [0, 1]]
 
 
-def test_prompts_go_together_as_far_as_the_scheduler_admits_them(store: Store, recorded) -> None:
+def test_prompts_go_together_as_far_as_a_pass_has_room(store: Store, recorded) -> None:
+    """A pass takes 1024 tokens."""
     engine = recorded(store, "-p", "90", "-n", "0", "-r", "1", "-b", "50")
-    assert [len(prompts) for prompts in engine.prompts] == [45, 5] * 2
-    assert [row for prompts in engine.prompts[:2] for row, _ in prompts] == list(range(50))
+    assert [len(prompts) for prompts in engine.prompts] == [11, 11, 11, 11, 6] * 2
+    assert [row for prompts in engine.prompts[:5] for row, _ in prompts] == list(range(50))
 
 
 def test_short_tests_run_first_and_are_printed_as_asked(store: Store, recorded, capsys: pytest.CaptureFixture[str]) -> None:
