@@ -34,7 +34,7 @@ WIDTHS = (256, 1024, 2048, 4096)
 _BUNDLE_BYTES, _FILE_MIB = 8 << 10, 384
 _CURVE_S, _KERNEL_S = 0.4, 0.25
 _HITS = (64, 512, 2048)  # predicted neurons of a step
-_REPETITIONS = 24
+_REPETITIONS = 16
 _SWEPT_BYTES = 48 << 20
 _STREAMED_BYTES, _WARMED_BYTES = 256 << 20, 2 << 30
 _FETCHED = 1024  # neurons that loaders are asked for at once
@@ -79,16 +79,15 @@ def measure(scratch: Path, folder: Path) -> Any:
         bar.update()
         measured, pace = _kernels(yardstick)
         bar.update()
-        states = [yardstick.measure() for _ in range(5)]
+        states = [yardstick.measure() for _ in range(3)]
         curve = []
         for size in SIZES:
-            before = yardstick.measure()
             rates = []
             for number, depth in enumerate(DEPTHS):
                 file, file_bytes = files[(len(curve) + number) % len(files)]
                 rates.append((depth, read_rate(file, file_bytes, min(size, file_bytes), depth, _CURVE_S)))
                 bar.update()
-            states += [before, yardstick.measure()]
+            states.append(yardstick.measure())
             curve += [(size, depth, rate, MachineState.between(states[-2:])) for depth, rate in rates]
         state = replace(MachineState.between(states), kernel_s=pace)
         points = _curve_in(state, curve)
