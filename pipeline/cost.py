@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from ..storage.store import Store
-from .device import Device
+from .device import GROUP_SIZE, Device
 from .feed_forward import STREAM_BUFFERS, block_rows
 from .hit_curves import HitCurves, LayerCurve
 from .options import EngineOptions
@@ -145,8 +145,10 @@ class _Walk:
         config, bundles = model.store.config, model.store.bundles
         self._kernels: dict[tuple[str, float], float] = {}
         self._bundle_bytes, self._d_ff, self._num_layers = bundles.bundle_bytes, config.d_ff, config.num_layers
-        matrices = 4 * config.d_model**2
-        self._attention_s = self._kernel("attention", matrices * model.item_bytes + num_seqs * positions * 8 * config.d_model)
+        seqs = min(num_seqs, max(self._device.kernels["attention"]))  # for more, what these take is multiplied
+        self._attention_s = self._kernel(
+            "attention", 4 * config.d_model**2 * model.item_bytes + seqs * positions * 8 * config.d_model
+        )
         self._head_s = self._kernel("head", config.vocab_size * config.embed_dim * model.item_bytes)
         self._rows = block_rows(model.store, plan.block_bytes)
         self.now = self.wait = self.memory = self.compute = self.processor = self.reads = self.num_bytes = 0.0
@@ -264,16 +266,17 @@ class _Walk:
         if guessed is not None and guessed > self.now:
             late += curve.at("ahead", slots)
             there = max(there, guessed)
-        self._gather(curve.named - late)
+        self._gather(layer, curve.named - late)
         if late > 0:
             self._wait_until(there) if late >= 1 else self._wait_until(self.now + late * max(there - self.now, 0))
-            self._gather(late)
+            self._gather(layer, late)
 
-    def _gather(self, neurons: float) -> None:
+    def _gather(self, layer: int, neurons: float) -> None:
         """Fewer than one neuron a step are a call in so many steps."""
         if neurons > 0:
-            kernel = self._kernel("gather", max(neurons, 1) * self._bundle_bytes)
-            self._compute(min(neurons, 1.0) * kernel)
+            share = self._model.curves.of(GROUP_SIZE)[layer].named / max(self._curves[layer].named, 1)
+            kernel = self._device.gather_s(self._num_seqs, max(neurons, 1) * self._bundle_bytes, min(share, 1.0))
+            self._compute(min(neurons, 1.0) * self._slowdown * kernel)
 
     def _add_all(self, layer: int) -> None:
         if self._plan.ffn[layer] == STREAMED and self._blocks is not None:

@@ -25,6 +25,9 @@ from . import native_library
 KERNELS = ("attention", "head", "predictor", "two predictors", "gather", "block")
 """What a step calls: a layer's attention, the output head, predictors, predicted neurons by slot, and neurons in order."""
 
+GROUP_SIZE = 8
+"""Sequences that a native kernel takes through picked neurons together, those of each group only through what they name."""
+
 _PROBE_AGAIN = "run inflash probe again"
 
 
@@ -127,6 +130,12 @@ class Device:
         if high == low:
             return first * max(1.0, num_seqs / low) if num_seqs > low else first
         return first + (second - first) * (num_seqs - low) / (high - low)
+
+    def gather_s(self, num_seqs: int, num_bytes: float, group_share: float) -> float:
+        """`kernel_s` of neurons by slot that each sequence names some of; a group names `group_share` of what all do together."""
+        if num_seqs <= GROUP_SIZE or self.machine.get("kernels") != "native":
+            return self.kernel_s("gather", num_seqs, num_bytes)
+        return self.kernel_s("gather", GROUP_SIZE, num_seqs / GROUP_SIZE * group_share * num_bytes)
 
     def read_s(self, reads: float, size: int, depth: int, loaders: int = 1) -> float:
         """Seconds until so many random reads are back that loaders were asked for at once; `depth` is of all of them together."""

@@ -17,7 +17,7 @@ from inflash.pipeline.device import Device, MachineState, assumed_device
 from inflash.pipeline.hit_curves import HitCurves, assumed_curves, count_misses
 from inflash.pipeline.memory_parts import total_bytes
 from inflash.pipeline.options import EngineOptions
-from inflash.pipeline.plan import CACHED, STREAMED, plan_from_options
+from inflash.pipeline.plan import CACHED, RESIDENT, STREAMED, plan_from_options
 from inflash.pipeline.planner import Planner
 from inflash.storage.model_config import ModelConfig
 from inflash.storage.predictor_layout import PredictorInfo
@@ -179,3 +179,21 @@ def test_a_loader_is_no_faster_than_its_processor_time_allows() -> None:
     device = replace(assumed_device(), request_s=0.0, loader_share=1.0, read_cpu_s=1e-3)
     assert device.read_s(1000, 4096, 128) == pytest.approx(1.0)
     assert device.read_s(1000, 4096, 256, loaders=2) == pytest.approx(0.5)
+
+
+def test_many_sequences_cost_what_they_name() -> None:
+    """Beyond a group, native kernels take each group through its own neurons only; other kernels take all through all."""
+    device = replace(assumed_device(), machine={"kernels": "native"})
+    assert device.gather_s(8, 1e6, 0.1) == device.kernel_s("gather", 8, 1e6)
+    assert device.gather_s(64, 1e6, 0.25) == device.kernel_s("gather", 8, 2e6)
+    assert assumed_device().gather_s(64, 1e6, 0.25) == 8 * device.kernel_s("gather", 8, 1e6)
+
+
+def test_keys_and_values_are_counted_once_for_each_sequence() -> None:
+    """Looking further back costs 64 sequences eight times as much as eight."""
+    model = CostModel(store(), EngineOptions(), assumed_device(), curves())
+    plan = plan_from_options(store(), EngineOptions(ffn="hybrid", max_num_seqs=1, max_model_len=64))
+    plan = replace(plan, ffn=(RESIDENT,) * LAYERS, slots=(D_FF,) * LAYERS)
+    near, far = (model.predict(plan, 64, positions).compute_ms for positions in (500, 1000))
+    few_near, few_far = (model.predict(plan, 8, positions).compute_ms for positions in (500, 1000))
+    assert far - near == pytest.approx(8 * (few_far - few_near), rel=1e-6)
