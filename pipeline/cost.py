@@ -283,4 +283,4 @@ class _Walk:
             for size in self._block_bytes:
                 self._take(self._blocks, size, self._kernel("block", size))
         else:
-            self._compute(self._kernel("block", self._d_ff * self._bundle_bytes))
+            self._compute(self._kernel("dense", self._d_ff * self._bundle_bytes))

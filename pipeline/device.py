@@ -10,10 +10,11 @@ import math
 import os
 import platform
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from importlib import metadata
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,8 @@ from ..errors import InflashError
 from ..storage.read_rate import worthwhile_gap
 from . import native_library
 
-KERNELS = ("attention", "head", "predictor", "two predictors", "gather", "block")
-"""What a step calls: a layer's attention, the output head, predictors, predicted neurons by slot, and neurons in order."""
+KERNELS = ("attention", "head", "predictor", "two predictors", "gather", "block", "dense")
+"""What a step calls: a layer's attention, the output head, predictors, neurons by slot, streamed in blocks, and all of a layer's."""
 
 GROUP_SIZE = 8
 """Sequences that a native kernel takes through picked neurons together, those of each group only through what they name."""
@@ -43,6 +44,39 @@ class Rate:
 
     def slower(self, times: float) -> "Rate":
         return Rate(fixed_s=times * self.fixed_s, bytes_per_s=self.bytes_per_s / times)
+
+
+@dataclass(frozen=True, slots=True)
+class KernelTimes:
+    """What calls of a kernel take.
+
+    Attributes:
+      points: bytes of what a call reads, ascending, and its seconds; between them a line, before them the first, beyond in proportion.
+    """
+
+    points: tuple[tuple[float, float], ...]
+
+    def seconds(self, num_bytes: float) -> float:
+        if num_bytes <= self.points[0][0]:
+            return self.points[0][1]
+        for (below, first), (above, second) in pairwise(self.points):
+            if num_bytes <= above:
+                return first + (second - first) * (num_bytes - below) / (above - below)
+        most, seconds = self.points[-1]
+        return seconds * num_bytes / most
+
+    def slower(self, times: float) -> "KernelTimes":
+        return KernelTimes(tuple((size, times * seconds) for size, seconds in self.points))
+
+    @classmethod
+    def of(cls, measured: Iterable[tuple[float, float]]) -> "KernelTimes":
+        """Bytes and seconds as measured; a larger call that seemed faster takes as long as the smaller one."""
+        sizes, seconds = zip(*sorted(measured), strict=True)
+        return cls(tuple(zip(sizes, accumulate(seconds, max), strict=True)))
+
+    @classmethod
+    def along(cls, rate: Rate, sizes: Iterable[int] = (1 << 16, 1 << 20, 1 << 24, 1 << 28)) -> "KernelTimes":
+        return cls(tuple((float(size), rate.seconds(size)) for size in sizes))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,7 +132,7 @@ class Device:
       read_curve: the disk's.
       stream_bytes_per_s: of a file read in order by a loader.
       dram_bytes_per_s: by number of threads that read.
-      kernels: for each of KERNELS its rate by number of sequences.
+      kernels: for each of KERNELS what it takes, by number of sequences.
       placing: of the neuron cache: `fixed_s` a call, and "bytes" are neurons.
       asking: of the engine's time for a request to loaders, and for giving out its slots, beyond placing; "bytes" are neurons.
       request_s: from asking a loader for one neuron until it is there, beyond the read itself.
@@ -112,7 +146,7 @@ class Device:
     read_curve: tuple[ReadPoint, ...]
     stream_bytes_per_s: float
     dram_bytes_per_s: Mapping[int, float]
-    kernels: Mapping[str, Mapping[int, Rate]]
+    kernels: Mapping[str, Mapping[int, KernelTimes]]
     placing: Rate
     asking: Rate
     request_s: float
@@ -122,11 +156,11 @@ class Device:
 
     def kernel_s(self, name: str, num_seqs: int, num_bytes: float) -> float:
         """Seconds of a call for so many sequences: between those that were measured, and beyond, along a line."""
-        rates = self.kernels[name]
-        batches = sorted(rates)
+        times = self.kernels[name]
+        batches = sorted(times)
         low = max((batch for batch in batches if batch <= num_seqs), default=batches[0])
         high = min((batch for batch in batches if batch > low), default=low)
-        first, second = rates[low].seconds(num_bytes), rates[high].seconds(num_bytes)
+        first, second = times[low].seconds(num_bytes), times[high].seconds(num_bytes)
         if high == low:
             return first * max(1.0, num_seqs / low) if num_seqs > low else first
         return first + (second - first) * (num_seqs - low) / (high - low)
@@ -172,8 +206,8 @@ class Device:
             read_curve=tuple(replace(point, bytes_per_s=random * point.bytes_per_s) for point in self.read_curve),
             stream_bytes_per_s=stream * self.stream_bytes_per_s,
             kernels={
-                name: {batch: rate.slower(kernels[batch]) for batch, rate in rates.items()}
-                for name, rates in self.kernels.items()
+                name: {batch: each.slower(kernels[batch]) for batch, each in times.items()}
+                for name, times in self.kernels.items()
             },
             placing=self.placing.slower(processor),
             asking=self.asking.slower(processor),
@@ -192,7 +226,8 @@ class Device:
         fields["read_curve"] = tuple(ReadPoint(**point) for point in fields["read_curve"])
         fields["dram_bytes_per_s"] = {int(threads): rate for threads, rate in fields["dram_bytes_per_s"].items()}
         fields["kernels"] = {
-            name: {int(batch): Rate(**rate) for batch, rate in rates.items()} for name, rates in fields["kernels"].items()
+            name: {int(batch): KernelTimes(tuple((size, s) for size, s in each["points"])) for batch, each in times.items()}
+            for name, times in fields["kernels"].items()
         }
         return cls(**{**fields, "placing": Rate(**fields["placing"]), "asking": Rate(**fields["asking"])})
 
@@ -226,7 +261,8 @@ def assumed_device() -> Device:
     """Figures like those of a two-core virtual machine with a virtio disk, for where nothing was measured."""
     curve = {(4 << 10, 1): 40e6, (4 << 10, 128): 250e6, (16 << 10, 1): 130e6, (16 << 10, 128): 700e6}
     curve |= {(128 << 10, 1): 500e6, (128 << 10, 128): 1500e6, (1 << 20, 1): 900e6, (1 << 20, 128): 1500e6}
-    rates = {"attention": 23e9, "head": 26e9, "predictor": 20e9, "two predictors": 20e9, "gather": 14e9, "block": 15e9}
+    rates = {"attention": 23e9, "head": 26e9, "predictor": 20e9, "two predictors": 20e9, "gather": 14e9}
+    rates |= {"block": 15e9, "dense": 15e9}
     return Device(
         state=MachineState(kernel_s={1: 5.8e-3, 8: 1.2e-2}, processor_s=5e-3, random_bytes_per_s=450e6, stream_bytes_per_s=1.4e9),
         machine={},
@@ -235,7 +271,9 @@ def assumed_device() -> Device:
         stream_bytes_per_s=1.3e9,
         dram_bytes_per_s={1: 20e9, 2: 27e9},
         kernels={
-            name: {batch: Rate(fixed_s=2e-4, bytes_per_s=rate / (1 if batch == 1 else 1.6)) for batch in (1, 8)}
+            name: {
+                batch: KernelTimes.along(Rate(fixed_s=2e-4, bytes_per_s=rate / (1 if batch == 1 else 1.6))) for batch in (1, 8)
+            }
             for name, rate in rates.items()
         },
         placing=Rate(fixed_s=1.2e-4, bytes_per_s=1e7),

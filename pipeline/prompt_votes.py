@@ -7,7 +7,6 @@ Axes: B sequences of a step, T tokens of a tile, D d_model, F d_ff.
 
 from collections.abc import Callable, Sequence
 
-import jax
 import numpy as np
 
 from ..kernels.compilation import jit

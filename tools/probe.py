@@ -31,6 +31,7 @@ DEPTHS = (1, 16, 128)
 BATCHES = (1, 8)
 WIDTHS = (256, 1024, 2048, 4096)
 """d_model of the kernels; d_ff is four times as much."""
+_TOLD = (1 << 20, 8 << 20, 64 << 20)
 _BUNDLE_BYTES, _FILE_MIB = 8 << 10, 384
 _CURVE_S, _KERNEL_S = 0.4, 0.25
 _HITS = (64, 512, 2048)  # predicted neurons of a step
@@ -212,7 +213,7 @@ class _Layer:
 
 def _streaming(store: Store, yardstick: Any, state: Any) -> dict[str, Any]:
     """Layers streamed in blocks: the disk's rate, and what computing with a block takes meanwhile."""
-    from ..pipeline.device import Rate
+    from ..pipeline.device import KernelTimes, Rate
     from ..pipeline.plan import BLOCK_BYTES, STREAMED
 
     rates, kernels, processor = [], {}, 0.0
@@ -241,13 +242,13 @@ def _streaming(store: Store, yardstick: Any, state: Any) -> dict[str, Any]:
             # Loaders' share of the processors is what the cost model adds by itself.
             compute = max(compute - used / len(os.sched_getaffinity(0)), compute / 4)
             fixed = 5e-5
-            kernels[batch] = Rate(fixed_s=fixed, bytes_per_s=num_bytes / max(compute - blocks * fixed, 1e-9))
+            kernels[batch] = KernelTimes.along(Rate(fixed_s=fixed, bytes_per_s=num_bytes / max(compute - blocks * fixed, 1e-9)))
     return {"stream_bytes_per_s": max(rates), "stream_cpu_s": processor / num_bytes, "block": kernels}
 
 
 def _fetching(store: Store, yardstick: Any, state: Any) -> dict[str, Any]:
     """Steps of predicted neurons through a cache: all there, then all missing."""
-    from ..pipeline.device import Rate
+    from ..pipeline.device import KernelTimes, Rate
     from ..pipeline.plan import CACHED
 
     d_ff, size = store.config.d_ff, store.bundles.bundle_bytes
@@ -273,8 +274,7 @@ def _fetching(store: Store, yardstick: Any, state: Any) -> dict[str, Any]:
                     if turn and not missing:
                         seconds[count].append((elapsed - memory) * state.kernel_s[batch] / now.kernel_s[batch])
                         placing[count].append(memory * state.processor_s / now.processor_s)
-            medians = [statistics.median(seconds[count]) for count in _HITS]
-            gathers[batch] = _line([count * size for count in _HITS], medians)
+            gathers[batch] = KernelTimes.of((count * size, statistics.median(seconds[count])) for count in _HITS)
         place = _line(_HITS, [statistics.median(placing[count]) for count in _HITS])
         shares, single, processor = _missing(layer, rng, hot)
         processor *= state.processor_s / yardstick.measure().processor_s
@@ -327,17 +327,28 @@ def _missing(layer: _Layer, rng: np.random.Generator, hot: np.ndarray) -> tuple[
 
 
 def _kernels(yardstick: Any) -> tuple[dict[str, Any], Any]:
-    """Attention, head and predictors at several widths, and the yardstick's products beside which they took so long."""
+    """What the kernels of resident weights take at several widths, and the yardstick's products beside which they took so long.
+
+    The smallest are measured among themselves: a model of that width stays in the processor's caches, too.
+    """
+    from ..pipeline.device import KernelTimes
     from .bench_kernels import kernel_seconds
 
-    found: dict[str, dict[int, Any]] = {}
     names = {"attention": "attention", "head": "head", "predictor": "predictor", "two predictors": "predictor and look-ahead"}
-    measured, pace = kernel_seconds(WIDTHS, BATCHES, tuple(names.values()), _KERNEL_S, yardstick.kernels)
+    names |= {"dense": "dense_ffn"}
+    one = dict.fromkeys(BATCHES, 1.0)  # looking at the pace would push the small ones out of the caches
+    small, _ = kernel_seconds(WIDTHS[:1], BATCHES, tuple(names.values()), _KERNEL_S, lambda: one)
+    large, pace = kernel_seconds(WIDTHS[1:], BATCHES, tuple(names.values()), _KERNEL_S, yardstick.kernels)
+    found: dict[str, dict[int, Any]] = {name: {} for name in names}
     for name, kernel in names.items():
-        found[name] = {}
         for batch in BATCHES:
-            points = [measured[kernel, width, batch] for width in WIDTHS]
-            found[name][batch] = _line([size for size, _ in points], [seconds for _, seconds in points])
+            points = [
+                measured[kernel, width, batch]
+                for measured in (small, large)
+                for width in WIDTHS
+                if (kernel, width, batch) in measured
+            ]
+            found[name][batch] = KernelTimes.of(points)
     return found, pace
 
 
@@ -373,11 +384,12 @@ def _report(device: Any, file: Path) -> None:
     )
     print(f"rate of random reads and use {1e6 * device.read_cpu_s:.0f} us of processor time for each.\n")
     lines = [
-        [name, batch, f"{1e6 * rate.fixed_s:.0f}", f"{rate.bytes_per_s / 1e9:.1f}"]
+        [name, batch, *(f"{1e6 * each.seconds(size):.0f}" for size in _TOLD), f"{_TOLD[-1] / each.seconds(_TOLD[-1]) / 1e9:.1f}"]
         for name, batches in device.kernels.items()
-        for batch, rate in batches.items()
+        for batch, each in batches.items()
     ]
-    print(table(["kernel", "batch", "us a call", "GB/s"], lines), end="\n\n")
+    print("Kernels, us of a call that reads so much, and GB/s of the largest:\n")
+    print(table(["kernel", "batch", *(f"{size >> 20} MiB" for size in _TOLD), "GB/s"], lines), end="\n\n")
     memory = ", ".join(f"{rate / 1e9:.1f} GB/s with {threads} threads" for threads, rate in device.dram_bytes_per_s.items())
     print(f"Memory reads {memory}. Placing neurons takes {1e6 * device.placing.fixed_s:.0f} us and")
     print(f"{1e9 / device.placing.bytes_per_s:.0f} ns for each, asking loaders {1e6 * device.asking.fixed_s:.0f} us")
