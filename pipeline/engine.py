@@ -112,7 +112,7 @@ class Engine:
         self.matrices: MatrixSource = streamed or ResidentMatrices(self.store, self.weights, self.shape)
         self.neurons = LayeredFeedForward(self.store, layout, self.weights.up_bias, self.compute, options, plan)
         probe = NeuronRows(layout, self.store.bundles, 1)
-        self._slab = Slab(layout.num_bytes, large=layout.large)
+        self._slab = Slab(layout.num_bytes, large=layout.large, contiguous=layout.contiguous)
         try:
             with DirectReader(self.store.path, 0) as reader:
                 direct = probe.probe(self._slab, reader)  # warns here, once, rather than in every loader

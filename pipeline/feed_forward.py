@@ -86,7 +86,8 @@ class StreamedFeedForward:
         self._compute, self._d_ff, self._trace = compute, store.config.d_ff, recorder()
         self._length = block_rows(store, plan.block_bytes)
         self._blocks = -(-self._d_ff // self._length)
-        self._buffers = [NeuronRows(slab, store.bundles, self._length) for _ in range(STREAM_BUFFERS)]
+        with slab.in_one_piece():
+            self._buffers = [NeuronRows(slab, store.bundles, self._length) for _ in range(STREAM_BUFFERS)]
         steps = plan.layers(STREAMED)
         prompts = [layer for layer, way in enumerate(plan.ffn) if way != RESIDENT]
         self._of_prompts = [layer * self._blocks + block for layer in prompts for block in range(self._blocks)]

@@ -102,7 +102,8 @@ class StreamedMatrices(ResidentMatrices):
         self._matrix_shapes = {"qkv": (3 * config.d_model, config.d_model), "attention_out": (config.d_model, config.d_model)}
         self._matrix_bytes = {name: int(np.prod(size)) * self._dtype.itemsize for name, size in self._matrix_shapes.items()}
         # A region of its own for each matrix keeps direct reads aligned; the head uses the largest.
-        self._regions = [{name: slab.reserve(size) for name, size in self._matrix_bytes.items()} for _ in range(2)]
+        with slab.in_one_piece():
+            self._regions = [{name: slab.reserve(size) for name, size in self._matrix_bytes.items()} for _ in range(2)]
         self._head_row_bytes = config.embed_dim * self._dtype.itemsize
         self._head_rows = min(config.vocab_size, self._matrix_bytes["qkv"] // self._head_row_bytes)
         self._head_blocks = -(-config.vocab_size // self._head_rows)

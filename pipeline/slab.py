@@ -6,15 +6,15 @@ from it once, before any loader starts, and never move.
 
 import mmap
 import os
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 
 import numpy as np
 
 from ..errors import RunError
+from ..storage.large_pages import LARGE_PAGE, make_contiguous
 
 ALIGNMENT = 4096  # a page, and what any disk asks of a direct read's memory
-_HUGE_PAGE = 2 << 20
 
 
 class SlabPlan:
@@ -23,30 +23,49 @@ class SlabPlan:
     Attributes:
       num_bytes: of all regions. What nobody touches takes no memory.
       large: (offset, length) of stretches that large pages may serve.
+      contiguous: likewise, of those that are to lie in one piece from the beginning.
     """
 
     def __init__(self) -> None:
         self.num_bytes = 0
         self.large: list[tuple[int, int]] = []
+        self.contiguous: list[tuple[int, int]] = []
 
     def reserve(self, num_bytes: int, used_bytes: int | None = None) -> int:
         """Takes `num_bytes`, of which the first `used_bytes` (None: all) will be used; returns the region's offset.
 
         It is a multiple of `ALIGNMENT`, and of a large page where the region has room for one.
         """
-        alignment = _HUGE_PAGE if num_bytes >= _HUGE_PAGE else ALIGNMENT
-        offset = -(-self.num_bytes // alignment) * alignment
+        offset = self._align(LARGE_PAGE if num_bytes >= LARGE_PAGE else ALIGNMENT)
         self.num_bytes = offset + -(-num_bytes // ALIGNMENT) * ALIGNMENT
         # Only whole large pages of what is used: the rest of one would be memory that no account has.
-        if whole := (num_bytes if used_bytes is None else used_bytes) // _HUGE_PAGE * _HUGE_PAGE:
+        if whole := (num_bytes if used_bytes is None else used_bytes) // LARGE_PAGE * LARGE_PAGE:
             self.large.append((offset, whole))
         return offset
+
+    @contextmanager
+    def in_one_piece(self) -> Iterator[None]:
+        """What is reserved meanwhile is filled by long reads, all of it and soon."""
+        start = self._align(LARGE_PAGE)
+        yield
+        self.contiguous.append((start, self._align(LARGE_PAGE) - start))
+
+    def _align(self, alignment: int) -> int:
+        self.num_bytes = -(-self.num_bytes // alignment) * alignment
+        return self.num_bytes
 
 
 class Slab:
     """The mapping, in the engine (which makes it) or in a loader (which is given its descriptor)."""
 
-    def __init__(self, num_bytes: int, descriptor: int | None = None, large: Sequence[tuple[int, int]] = ()) -> None:
+    def __init__(
+        self,
+        num_bytes: int,
+        descriptor: int | None = None,
+        large: Sequence[tuple[int, int]] = (),
+        contiguous: Sequence[tuple[int, int]] = (),
+    ) -> None:
+        """Makes the mapping, or maps what a descriptor stands for; `large` and `contiguous` are those of `SlabPlan`."""
         self.num_bytes, self.large = num_bytes, large
         made = descriptor is None
         descriptor = os.memfd_create("inflash-slab") if descriptor is None else descriptor
@@ -61,6 +80,8 @@ class Slab:
         with suppress(OSError):  # a kernel may have none
             for offset, length in large:
                 mapping.madvise(mmap.MADV_HUGEPAGE, offset, length)
+        for offset, length in contiguous:
+            make_contiguous(mapping, offset, length)
         self._mapping = mapping
         self._bytes = np.frombuffer(mapping, np.uint8)
         self.descriptor: int | None = descriptor

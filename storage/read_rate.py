@@ -1,6 +1,5 @@
 """How fast a file can be read past the page cache: our own read queue with nothing around it."""
 
-import mmap
 import os
 import time
 from collections.abc import Iterable
@@ -9,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import InflashError
+from .large_pages import contiguous_memory
 from .read_plan import SEGMENT, ReadPlan
 from .read_queue import open_read_queue
 
@@ -22,7 +22,7 @@ def read_rate(file: Path, file_bytes: int, size: int, depth: int, seconds: float
       InflashError: the file system refuses direct reads, or the disk gives less than was asked for.
     """
     descriptor = _open_direct(file)
-    memory = mmap.mmap(-1, depth * size)
+    memory = contiguous_memory(depth * size)  # else the rate would depend on how scattered this machine's memory is just now
     blocks = max(1, file_bytes // size)
     rng = np.random.default_rng()
     # In order from anywhere: what was read the last time may still be in somebody's cache.

@@ -158,7 +158,7 @@ class _Layer:
         self._room = NeuronRows(layout, store.bundles, _FETCHED)
         bias = [np.ones(config.d_ff, np.float32)] * layers
         self.neurons = LayeredFeedForward(store, layout, bias, COMPUTE_DTYPES["bfloat16"], options, plan)
-        self.slab = Slab(layout.num_bytes, large=layout.large)
+        self.slab = Slab(layout.num_bytes, large=layout.large, contiguous=layout.contiguous)
         self.pool = LoaderPool(store, self.slab, regions, depth=options.queue_depth)
         self.neurons.bind(self.slab, self.pool)
         self.times, self._config, self.d_ff = StepTimes(), config, config.d_ff

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from inflash.errors import RunError
 from inflash.pipeline.slab import ALIGNMENT, Slab, SlabPlan
 from inflash.pipeline.weights import alias
+from inflash.storage.large_pages import LARGE_PAGE
 
 
 @given(sizes=st.lists(st.integers(0, 20000), min_size=1, max_size=20))
@@ -86,3 +87,22 @@ def test_it_has_no_name_in_the_file_system() -> None:
     assert slab.descriptor is not None
     assert Path(os.readlink(f"/proc/self/fd/{slab.descriptor}")).name == "memfd:inflash-slab (deleted)"
     slab.close()
+
+
+def test_what_long_reads_fill_lies_in_large_pages() -> None:
+    """Regions in one piece begin and end with large pages, hold zeros and are seen by loaders, whether or not the kernel moved them."""
+    plan = SlabPlan()
+    plan.reserve(5000)
+    with plan.in_one_piece():
+        first, second = plan.reserve(3 << 20), plan.reserve(100)
+    after = plan.reserve(8)
+    assert plan.contiguous == [(LARGE_PAGE, 2 * LARGE_PAGE)]
+    assert (first, second, after) == (LARGE_PAGE, LARGE_PAGE + (3 << 20), 3 * LARGE_PAGE)
+    slab = Slab(plan.num_bytes, contiguous=plan.contiguous)
+    assert slab.descriptor is not None
+    assert not slab.array(0, (plan.num_bytes,), np.uint8).any()
+    other = Slab(plan.num_bytes, os.dup(slab.descriptor))
+    slab.array(first, (100,), np.uint8)[:] = np.arange(100)
+    np.testing.assert_array_equal(other.array(first, (100,), np.uint8), np.arange(100))
+    slab.close()
+    other.close()
