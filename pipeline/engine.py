@@ -1,6 +1,6 @@
 """One step of the model: the life of a token, and prompts layer by layer.
 
-Axes: B sequences in lockstep, T tokens of a chunk, D d_model, F d_ff, V vocabulary, C positions of a sequence.
+Axes: B sequences in lockstep, T tokens of a chunk of prompts, D d_model, F d_ff, V vocabulary, C positions of a sequence.
 
 The letters are those of the drawing in docs/architecture.md.
 """
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Self
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from ..errors import InflashError
@@ -21,7 +22,8 @@ from ..storage.store import Store
 from . import native_library
 from .block_pool import BLOCK_SIZE
 from .feed_forward import Tile
-from .fixed_shapes import CHUNK_SIZES, SMALLEST_CAPACITY, Chunk, capacity_for, doublings, fitting, group_chunks, split_prompt
+from .chunks import Chunk, num_tokens, pack_prompts
+from .fixed_shapes import CHUNK_SIZES, SMALLEST_CAPACITY, capacity_for, doublings, fitting
 from .host_memory import check_fits, keep_one_arena, trim
 from .kv_cache import KVCache, num_cache_blocks
 from .layered_feed_forward import LayeredFeedForward
@@ -47,7 +49,7 @@ from .trace import ATTENTION, COMPILE, HEAD, LAYER, PREDICT, START, recorder
 from .weights import compute_dtype, load_weights, zeros
 
 _after_ffn = jit(after_ffn, static_argnames="shape")
-_put_row = jit(lambda rows, x, index, row: rows.at[row].set(x[index]))
+_put_rows = jit(lambda hidden, x, rows: jnp.where((rows < len(x))[:, None], x.at[rows].get(mode="clip"), hidden))
 
 
 class Engine:
@@ -196,12 +198,12 @@ class Engine:
           [B, V] f32: row s is the logits after the last token of sequence s; rows of other sequences mean nothing.
         """
         num_cached, hidden = self.kv_cache.num_cached, zeros((self.num_seqs, self.config.d_model))
-        chunks = [chunk for sequence, ids in prompts for chunk in split_prompt(sequence, ids, num_cached[sequence])]
+        passes = pack_prompts(((sequence, ids, num_cached[sequence]) for sequence, ids in prompts), self.plan.prompt_tokens)
         logits = hidden
-        for part in group_chunks(chunks, self.plan.prompt_tokens):
-            with self._timer.prompt(sum(chunk.count for chunk in part)):
-                for chunk, x in zip(part, self._run_chunks(part), strict=True):  # a sequence's last chunk comes last
-                    hidden = _put_row(hidden, x, np.int32(chunk.count - 1), np.int32(chunk.sequence))
+        for chunks in passes:
+            with self._timer.prompt(num_tokens(chunks)):
+                for chunk, x in zip(chunks, self._run_chunks(chunks), strict=True):  # a sequence's last token comes last
+                    hidden = _put_rows(hidden, x, chunk.last_rows(self.num_seqs))
                 logits = self._head(hidden)
         return logits
 
@@ -210,8 +212,8 @@ class Engine:
         longest = max(len(token_ids), min(self.capacity, self.config.max_positions))
         self.prepare(max(self.num_seqs, 1), longest, max(self.kv_cache.num_positions, len(token_ids)))
         parts = []
-        for chunks in group_chunks(split_prompt(0, token_ids), self.plan.prompt_tokens):
-            with self._timer.prompt(sum(chunk.count for chunk in chunks)):
+        for chunks in pack_prompts([(0, token_ids, 0)], self.plan.prompt_tokens):
+            with self._timer.prompt(num_tokens(chunks)):
                 logits = self.matrices.logits(self._run_chunks(chunks, predict=True))
                 parts += [np.asarray(rows)[: chunk.count] for chunk, rows in zip(chunks, logits, strict=True)]
         return np.concatenate(parts)
@@ -294,15 +296,13 @@ class Engine:
 
     def _run_chunks(self, chunks: Sequence[Chunk], *, predict: bool = False) -> list[jax.Array]:
         """The last layer's outputs, [T, D] a chunk."""
-        outputs = [
-            self.matrices.embed(chunk.token_ids, np.arange(chunk.start, chunk.start + len(chunk.token_ids), dtype=np.int32))
-            for chunk in chunks
-        ]
+        outputs = [self.matrices.embed(chunk.token_ids, chunk.positions) for chunk in chunks]
+        tables = self.kv_cache.tables()
         before: Sequence[Tile | None] = [None] * len(chunks)
         for layer in range(self.config.num_layers):
             weights = self.matrices.take_attention(layer)
             with self._trace.span(ATTENTION, layer):
-                tiles = [self._attend(layer, weights, chunk, x) for chunk, x in zip(chunks, outputs, strict=True)]
+                tiles = [self._attend(layer, weights, tables, chunk, x) for chunk, x in zip(chunks, outputs, strict=True)]
                 self.matrices.give_back_attention(layer, tiles[-1].residual)
             if predict:
                 tiles = [self._predicting(layer, tile, last) for tile, last in zip(tiles, before, strict=True)]
@@ -310,9 +310,9 @@ class Engine:
             outputs = [self.after_ffn(layer, x) for x in self.neurons.add_prompt(layer, tiles)]
         return outputs
 
-    def _attend(self, layer: int, weights: dict[str, jax.Array], chunk: Chunk, x: jax.Array) -> Tile:
-        residual, ffn_in = self.kv_cache.attend_chunk(layer, x, weights, chunk)
-        return Tile(residual=residual, ffn_in=ffn_in, active=np.arange(len(x)) < chunk.count)
+    def _attend(self, layer: int, weights: dict[str, jax.Array], tables: np.ndarray, chunk: Chunk, x: jax.Array) -> Tile:
+        residual, ffn_in = self.kv_cache.attend_chunk(layer, x, weights, tables, chunk)
+        return Tile(residual=residual, ffn_in=ffn_in, active=chunk.active)
 
     def _predicting(self, layer: int, tile: Tile, before: Tile | None, *, guess: bool = False) -> Tile:
         """The tile with its predicted neurons, where the layer is cached.
@@ -352,10 +352,10 @@ class Engine:
         self.neurons.warm_up_step(tile)
         self.matrices.warm_up(x)
         for size in CHUNK_SIZES:
-            chunk = Chunk(0, 0, 0, np.zeros(size, np.int32))
+            chunk = Chunk.pack(*np.zeros((3, 0), np.int32), size)
             for weights in examples:
-                tile = self._attend(0, weights, chunk, zeros((size, self.config.d_model)))
+                tile = self._attend(0, weights, self.kv_cache.tables(), chunk, zeros((size, self.config.d_model)))
             self.neurons.warm_up_prompt(tile)
             self.after_ffn(0, tile.residual)
-            self.matrices.embed(chunk.token_ids, chunk.token_ids)
-            _put_row(x, tile.residual, np.int32(0), np.int32(0))
+            self.matrices.embed(chunk.token_ids, chunk.positions)
+            _put_rows(x, tile.residual, nothing)
