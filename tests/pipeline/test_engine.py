@@ -66,7 +66,7 @@ def descriptors() -> int:
 def test_prompts_of_every_length(
     store: Store, reference, text: np.ndarray, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Around the sizes of chunks and of the KV cache, with layers streamed in blocks of which the last is shorter."""
+    """Around the sizes of chunks and pieces and of the KV cache, with layers streamed in blocks of which the last is shorter."""
     monkeypatch.setattr(plan, "BLOCK_BYTES", 100 * store.bundles.bundle_bytes)
     expected = reference(text[:300])
     with open_engine(store, **options) as engine:
