@@ -72,9 +72,7 @@ def pack_prompts(prompts: Iterable[tuple[int, np.ndarray, int]], most_tokens: in
       prompts: of each its sequence, its token ids [length] int32, and from which position on it is to pass. None twice.
       most_tokens: that pass together.
     """
-    parts = [
-        (ids[first:], np.full(len(ids) - first, sequence), np.arange(first, len(ids))) for sequence, ids, first in prompts
-    ]
+    parts = [(ids[first:], np.full(len(ids) - first, sequence), np.arange(first, len(ids))) for sequence, ids, first in prompts]
     token_ids, sequences, positions = (np.concatenate(part).astype(np.int32) for part in zip(*parts, strict=True))
     passes = []
     for begin in range(0, len(token_ids), most_tokens):
@@ -86,7 +84,7 @@ def pack_prompts(prompts: Iterable[tuple[int, np.ndarray, int]], most_tokens: in
 
 
 def cut(start: int, stop: int) -> list[tuple[int, int, int]]:
-    """(start, stop, size) of chunks for rows from `start` to `stop`: the largest size that is not mostly padding, which costs as tokens do."""
+    """(start, stop, size) of chunks for these rows: the largest size that is not mostly padding, which costs as much as tokens."""
     chunks = []
     while start < stop:
         left = stop - start

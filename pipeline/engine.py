@@ -21,8 +21,8 @@ from ..storage.readers import DirectReader
 from ..storage.store import Store
 from . import native_library
 from .block_pool import BLOCK_SIZE
-from .feed_forward import Tile
 from .chunks import Chunk, num_tokens, pack_prompts
+from .feed_forward import Tile
 from .fixed_shapes import CHUNK_SIZES, SMALLEST_CAPACITY, capacity_for, doublings, fitting
 from .host_memory import check_fits, keep_one_arena, trim
 from .kv_cache import KVCache, num_cache_blocks
@@ -137,7 +137,7 @@ class Engine:
             about = about_run(self.store, options, plan, native=self._native)
             assert self._slab.descriptor is not None
             self._live = LivePage(about, self._slab.descriptor, self._pool.counter_places)
-            self._timer = StepTimer(self.times, self._pool, self._live)
+            self._timer = StepTimer(self.times, self._pool, self._live, self.config.d_model)
             self._predictor = self._make_predictor()
             self._ahead = self._load_predictor(plan.prefetch, guessed_layers(plan)) if plan.prefetch else None
         except BaseException:
@@ -338,7 +338,7 @@ class Engine:
     def _warm_up(self) -> None:
         """Compiles every kernel for this batch and capacity by running it once, on layer 0 and on nothing."""
         examples = self.matrices.examples()
-        nothing = np.zeros(self.num_seqs, np.int32)
+        nothing, nobody = np.zeros(self.num_seqs, np.int32), np.zeros(0, np.int32)
         x = zeros((self.num_seqs, self.config.d_model))
         for bound in doublings(SMALLEST_CAPACITY, self.capacity):
             for weights in examples:
@@ -352,7 +352,7 @@ class Engine:
         self.neurons.warm_up_step(tile)
         self.matrices.warm_up(x)
         for size in CHUNK_SIZES:
-            chunk = Chunk.pack(*np.zeros((3, 0), np.int32), size)
+            chunk = Chunk.pack(nobody, nobody, nobody, size)
             for weights in examples:
                 tile = self._attend(0, weights, self.kv_cache.tables(), chunk, zeros((size, self.config.d_model)))
             self.neurons.warm_up_prompt(tile)

@@ -16,7 +16,7 @@ from .predictors import predictor_bytes
 from .weights import compute_dtype, loaded_bytes
 
 _LOGITS = 10  # [B, V] f32 each: those of a step, the pieces they come from, and seven or eight that sampling with a filter makes
-_ATTENTION = 9  # of a chunk, [T, D] f32 each: query, key, value and how they came, the heads' sums, and a few positions looked at
+_ATTENTION = 6  # of a chunk, [T, D] f32 each: what the compiled kernel says that it needs beside its results
 _ACTIVATIONS = 5  # of a prompt's tokens at a time, [T, D] f32 each: input, residual, FFN input, sum, output
 
 
