@@ -78,6 +78,22 @@ def test_prompts_of_every_length(
         np.testing.assert_allclose(last, expected[np.asarray(lengths) - 1], rtol=0, atol=TOLERANCE)
 
 
+def test_a_prompt_does_not_depend_on_who_passes_with_it(store: Store, text: np.ndarray) -> None:
+    """To the bit, and one of them reads what another writes in the same pass."""
+    prompts = [text[:33], text[40:41], text[50:120], text[130:280], np.concatenate([text[130:194], text[300:326]])]
+    with open_engine(store, ffn="resident") as engine:
+        engine.prepare(len(prompts), 150)
+        alone = []
+        for row, prompt in enumerate(prompts):
+            engine.kv_cache.clear()
+            assert engine.kv_cache.admit(row, prompt, len(prompt))
+            alone.append(np.asarray(engine.process_prompts([(row, prompt)]))[row])
+        engine.kv_cache.clear()
+        assert all(engine.kv_cache.admit(row, prompt, len(prompt)) for row, prompt in enumerate(prompts))
+        assert engine.kv_cache.num_cached == [0, 0, 0, 0, 64]
+        np.testing.assert_array_equal(np.asarray(engine.process_prompts(list(enumerate(prompts)))), alone)
+
+
 def test_naive_streams_a_large_vocabulary_from_many_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The head in several blocks, tensors cut into several checkpoints, and borders of both that do not meet."""
     monkeypatch.setattr(resident.pieces, "__defaults__", (70_000,))
