@@ -1,6 +1,7 @@
 """Causal attention over a preallocated KV cache in blocks.
 
-Axes: B sequences, T tokens of a prompt chunk, H heads, N blocks of the cache, M blocks of a sequence's table, P positions looked at.
+Axes: B sequences, T tokens of prompts, Q of them that attend together, H heads, N blocks of the cache, M blocks of a sequence's table,
+P positions looked at.
 
 Keys and values are float32 [H, N, size, head_dim], where size is the positions of a block: XLA on CPU would convert a whole 16-bit cache to
 float32 and back to write one position. A sequence's table [M] int32 names the blocks that hold its positions, in order; N stands for none.
@@ -18,17 +19,21 @@ from .row_products import join_spans, mix, one_pass_sums, row_spans
 _FAR_BELOW = -1e30  # a masked score; finite, so that a row without any position stays a number
 _SPANS = 4
 
+PIECE = 32
+"""Tokens of one sequence's prompt that attend together, at most: Q."""
+_LOOKED_AT = 64  # positions that they look at together
 
-def append_decode(
+
+def append(
     cache: jax.Array,  # [H, N, size, head_dim] f32
-    new: jax.Array,  # [B, H, head_dim] f32
+    new: jax.Array,  # [T, H, head_dim] f32
     tables: jax.Array,  # [B, M] int32
-    positions: jax.Array,  # [B] int32
+    sequences: jax.Array,  # [T] int32, whose each token is; padding: B or more
+    positions: jax.Array,  # [T] int32
 ) -> jax.Array:
-    """The cache with one new position written in every sequence; one without a block is dropped."""
+    """The cache with one new position written for every token; padding, and what has no block, is dropped."""
     _, num_blocks, size, _ = cache.shape
-    rows = jnp.arange(tables.shape[0])
-    blocks = tables.at[rows, positions // size].get(mode="fill", fill_value=num_blocks)
+    blocks = tables.at[sequences, positions // size].get(mode="fill", fill_value=num_blocks)
     return cache.at[:, blocks, positions % size].set(new.swapaxes(0, 1), mode="drop")
 
 
@@ -72,45 +77,64 @@ def _rows(cache: jax.Array, tables: jax.Array, start: int, stop: int) -> jax.Arr
     return rows[:, :, start - first * size : stop - first * size]
 
 
-def append_chunk(
-    cache: jax.Array,  # [H, N, size, head_dim] f32
-    new: jax.Array,  # [T, H, head_dim] f32
-    table: jax.Array,  # [M] int32
-    start: jax.Array,  # int32, position of the first token
-    count: jax.Array,  # int32, real tokens; the rest is padding
-) -> jax.Array:
-    """The cache with a chunk's `count` tokens written in one sequence from `start` on; padding, and what has no block, is dropped."""
-    _, num_blocks, size, _ = cache.shape
-    offsets = jnp.arange(new.shape[0])
-    positions = start + offsets
-    found = table.at[positions // size].get(mode="fill", fill_value=num_blocks)
-    blocks = jnp.where(offsets < count, found, num_blocks)
-    return cache.at[:, blocks, positions % size].set(new.swapaxes(0, 1), mode="drop")
-
-
 def attend_chunk(
     query: jax.Array,  # [T, H, head_dim] f32
     keys: jax.Array,  # [H, N, size, head_dim] f32
     values: jax.Array,  # likewise
-    table: jax.Array,  # [M] int32
-    start: jax.Array,  # int32
-    *,
-    num_positions: int | None = None,
+    tables: jax.Array,  # [B, M] int32
+    pieces: jax.Array,  # [pieces, 4] int32: sequence, position of the first token, its place in T, and how many there are, up to PIECE
+    num_pieces: jax.Array,  # int32: how many of the pieces are real
 ) -> jax.Array:
-    """The chunk's queries over their sequence, token t over the positions up to start + t: [T, H * head_dim] f32.
+    """Prompts' queries, each over its own sequence up to itself: [T, H * head_dim] f32.
 
-    Rows of padding hold finite values without meaning.
+    Time follows the pieces that there are, and the positions that they see. Pieces are in the order of their places and leave none out;
+    rows of padding hold finite values without meaning.
     """
     num_tokens, num_heads, head_dim = query.shape
+    query = jnp.pad((query * head_dim**-0.5).swapaxes(0, 1), ((0, 0), (0, PIECE), (0, 0)))
+
+    def attend(number: jax.Array, mixed: jax.Array) -> jax.Array:
+        sequence, start, place, count = pieces[number]
+        own = lax.dynamic_slice_in_dim(query, place, PIECE, axis=1)
+        own = _attend_piece(own, keys, values, tables[sequence], start, count)
+        return lax.dynamic_update_slice_in_dim(mixed, own, place, axis=1)  # the next piece writes over what is beyond the count
+
+    mixed = lax.fori_loop(0, num_pieces, attend, jnp.zeros_like(query))
+    return mixed[:, :num_tokens].swapaxes(0, 1).reshape(num_tokens, num_heads * head_dim)
+
+
+def _attend_piece(
+    query: jax.Array,  # [H, Q, head_dim] f32, scaled
+    keys: jax.Array,  # [H, N, size, head_dim] f32
+    values: jax.Array,  # likewise
+    table: jax.Array,  # [M] int32
+    start: jax.Array,  # int32, position of the first query
+    count: jax.Array,  # int32: how many are real
+) -> jax.Array:
+    """Consecutive queries of a sequence over its positions, some positions at a time: [H, Q, head_dim].
+
+    Softmax over what was seen so far: its sums are scaled down whenever a larger score comes.
+    """
+    num_heads, num_queries, head_dim = query.shape
     size = keys.shape[2]
-    looked_at = len(table) * size if num_positions is None else num_positions
-    table = table[: -(-looked_at // size)]
-    keys, values = (
-        cache.at[:, table].get(mode="clip").reshape(num_heads, len(table) * size, head_dim)[:, :looked_at]
-        for cache in (keys, values)
-    )
-    scores = jnp.einsum("thd,hpd->htp", query * head_dim**-0.5, keys)
-    visible = jnp.arange(looked_at)[None] <= start + jnp.arange(num_tokens)[:, None]
-    shares = jax.nn.softmax(jnp.where(visible[None], scores, _FAR_BELOW), axis=-1)
-    mixed = jnp.einsum("htp,hpd->thd", shares, values)
-    return mixed.reshape(num_tokens, num_heads * head_dim)
+    blocks_together = max(1, _LOOKED_AT // size)
+    together = blocks_together * size
+    table = jnp.pad(table, (0, -len(table) % blocks_together))
+    last_seen = (start + jnp.arange(num_queries))[None, :, None]
+
+    def look(turn: jax.Array, before: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+        top, total, mixed = before
+        blocks = lax.dynamic_slice_in_dim(table, turn * blocks_together, blocks_together)
+        own_keys, own_values = (
+            cache.at[:, blocks].get(mode="clip").reshape(num_heads, together, head_dim) for cache in (keys, values)
+        )
+        positions = (turn * together + jnp.arange(together))[None, None]
+        scores = jnp.where(positions <= last_seen, jnp.einsum("hqd,hpd->hqp", query, own_keys), _FAR_BELOW)
+        higher = jnp.maximum(top, jnp.max(scores, axis=-1))
+        shares, kept = jnp.exp(scores - higher[..., None]), jnp.exp(top - higher)
+        mixed = mixed * kept[..., None] + jnp.einsum("hqp,hpd->hqd", shares, own_values)
+        return higher, total * kept + jnp.sum(shares, axis=-1), mixed
+
+    nothing = jnp.full(query.shape[:2], _FAR_BELOW), jnp.zeros(query.shape[:2]), jnp.zeros_like(query)
+    _, total, mixed = lax.fori_loop(0, (start + count + together - 1) // together, look, nothing)
+    return mixed / total[..., None]

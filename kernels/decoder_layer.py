@@ -1,6 +1,6 @@
 """A decoder layer around its feed-forward block, and what lies before the first and after the last.
 
-Axes: B sequences, T tokens of a prompt chunk, D d_model, E embedding width, H heads, N blocks of the KV cache,
+Axes: B sequences, T tokens of prompts, D d_model, E embedding width, H heads, N blocks of the KV cache,
 size positions of each, M blocks of a sequence's table, V vocabulary.
 
 The engine calls `attention_*`, adds feed-forward neurons to the residual as their rows arrive (`sparse_ffn`), then `after_ffn`.
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from .attention import append_chunk, append_decode, attend_chunk, attend_decode
+from .attention import append, attend_chunk, attend_decode
 from .linear import linear
 from .norm import layer_norm
 
@@ -71,7 +71,8 @@ def attention_decode(
       residual [B, D] (the FFN's output bias included), the FFN's input [B, D], keys, values.
     """
     query, key, value = _query_key_value(x, weights, shape)
-    keys, values = append_decode(keys, key, tables, positions), append_decode(values, value, tables, positions)
+    rows = jnp.arange(x.shape[0])
+    keys, values = append(keys, key, tables, rows, positions), append(values, value, tables, rows, positions)
     mixed = attend_decode(query, keys, values, tables, positions + 1, num_positions=num_positions)
     return *_after_attention(x, mixed, weights, shape), keys, values
 
@@ -81,17 +82,17 @@ def attention_chunk(
     weights: Weights,
     keys: jax.Array,  # [H, N, size, head_dim] f32, donated by the caller
     values: jax.Array,  # likewise
-    table: jax.Array,  # [M] int32, the sequence's
-    start: jax.Array,  # int32, position of the chunk's first token
-    count: jax.Array,  # int32, real tokens of the chunk
+    tables: jax.Array,  # [B, M] int32
+    sequences: jax.Array,  # [T] int32, whose each token is; padding: B or more
+    positions: jax.Array,  # [T] int32
+    pieces: jax.Array,  # [pieces, 4] int32, see `attend_chunk`
+    num_pieces: jax.Array,  # int32
     shape: LayerShape,
-    *,
-    num_positions: int | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """A chunk of one sequence's prompt through attention: residual [T, D], the FFN's input [T, D], keys, values."""
+    """Tokens of one or many sequences' prompts through attention: residual [T, D], the FFN's input [T, D], keys, values."""
     query, key, value = _query_key_value(x, weights, shape)
-    keys, values = append_chunk(keys, key, table, start, count), append_chunk(values, value, table, start, count)
-    mixed = attend_chunk(query, keys, values, table, start, num_positions=num_positions)
+    keys, values = append(keys, key, tables, sequences, positions), append(values, value, tables, sequences, positions)
+    mixed = attend_chunk(query, keys, values, tables, pieces, num_pieces)
     return *_after_attention(x, mixed, weights, shape), keys, values
 
 

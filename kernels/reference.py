@@ -1,6 +1,6 @@
 """What every kernel computes, in plain float64 NumPy: slow, obvious and independent of the kernels.
 
-Axes: B batch, T tokens of a prompt chunk, D d_model, F d_ff, H heads, K gathered neurons (padded), N blocks of the KV
+Axes: B batch, T tokens of prompts, D d_model, F d_ff, H heads, K gathered neurons (padded), N blocks of the KV
 cache, size positions of each, M blocks of a sequence's table.
 
 Tests compare against these; nothing else uses them.
@@ -50,29 +50,14 @@ def attend_decode(query: Array, keys: Array, values: Array, tables: Array, lengt
     return np.stack([attend(query[b], positions_of(keys, table, n), positions_of(values, table, n)) for b, (table, n) in pairs])
 
 
-def attend_chunk(query: Array, keys: Array, values: Array, table: Array, start: int, count: int) -> Array:
-    """[T, H, head_dim], the cache, [M] -> [count, H * head_dim], real tokens only."""
-    ends = range(start + 1, start + count + 1)
-    return np.stack(
-        [attend(query[t], positions_of(keys, table, end), positions_of(values, table, end)) for t, end in enumerate(ends)]
-    )
-
-
-def append_decode(cache: Array, new: Array, tables: Array, positions: Array) -> Array:
-    """The cache with new[b] at positions[b]."""
-    for b, position in enumerate(positions):
-        cache = append_chunk(cache, new[b : b + 1], tables[b], position, 1)
-    return cache
-
-
-def append_chunk(cache: Array, new: Array, table: Array, start: int, count: int) -> Array:
-    """The cache with new[:count] from `start` on in one sequence; what has no block is dropped."""
+def append(cache: Array, new: Array, tables: Array, sequences: Array, positions: Array) -> Array:
+    """The cache with new[t] at positions[t] of sequences[t]; what has no block, or no table, is dropped."""
     cache = cache.copy()
     _, num_blocks, size, _ = cache.shape
-    for t in range(count):
-        block, offset = divmod(start + t, size)
-        if block < len(table) and table[block] < num_blocks:
-            cache[:, table[block], offset] = new[t]
+    for row, sequence, position in zip(new, sequences, positions, strict=True):
+        block, offset = divmod(position, size)
+        if sequence < len(tables) and block < tables.shape[1] and tables[sequence, block] < num_blocks:
+            cache[:, tables[sequence, block], offset] = row
     return cache
 
 

@@ -1,6 +1,6 @@
 """One step of the model: the life of a token, and prompts layer by layer.
 
-Axes: B sequences in lockstep, T tokens of a chunk, D d_model, F d_ff, V vocabulary, C positions of a sequence.
+Axes: B sequences in lockstep, T tokens of a chunk of prompts, D d_model, F d_ff, V vocabulary, C positions of a sequence.
 
 The letters are those of the drawing in docs/architecture.md.
 """
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Self
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from ..errors import InflashError
@@ -21,8 +22,9 @@ from ..storage.readers import DirectReader
 from ..storage.store import Store
 from . import native_library
 from .block_pool import BLOCK_SIZE
+from .chunks import Chunk, num_tokens, pack_prompts
 from .feed_forward import Tile
-from .fixed_shapes import CHUNK_SIZES, SMALLEST_CAPACITY, Chunk, capacity_for, doublings, fitting, group_chunks, split_prompt
+from .fixed_shapes import CHUNK_SIZES, SMALLEST_CAPACITY, capacity_for, doublings, fitting
 from .host_memory import check_fits, keep_one_arena, trim
 from .kv_cache import KVCache, num_cache_blocks
 from .layered_feed_forward import LayeredFeedForward
@@ -49,7 +51,7 @@ from .trace import ATTENTION, COMPILE, HEAD, LAYER, PREDICT, START, recorder
 from .weights import compute_dtype, load_weights, zeros
 
 _after_ffn = jit(after_ffn, static_argnames="shape")
-_put_row = jit(lambda rows, x, index, row: rows.at[row].set(x[index]))
+_put_rows = jit(lambda hidden, x, rows: jnp.where((rows < len(x))[:, None], x.at[rows].get(mode="clip"), hidden))
 
 
 class Engine:
@@ -137,7 +139,7 @@ class Engine:
             about = about_run(self.store, options, plan, native=self._native)
             assert self._slab.descriptor is not None
             self._live = LivePage(about, self._slab.descriptor, self._pool.counter_places)
-            self._timer = StepTimer(self.times, self._pool, self._live)
+            self._timer = StepTimer(self.times, self._pool, self._live, self.config.d_model)
             self._predictor = self._make_predictor()
             self._ahead = self._load_predictor(plan.prefetch, guessed_layers(plan)) if plan.prefetch else None
         except BaseException:
@@ -198,12 +200,12 @@ class Engine:
           [B, V] f32: row s is the logits after the last token of sequence s; rows of other sequences mean nothing.
         """
         num_cached, hidden = self.kv_cache.num_cached, zeros((self.num_seqs, self.config.d_model))
-        chunks = [chunk for sequence, ids in prompts for chunk in split_prompt(sequence, ids, num_cached[sequence])]
+        passes = pack_prompts(((sequence, ids, num_cached[sequence]) for sequence, ids in prompts), self.plan.prompt_tokens)
         logits = hidden
-        for part in group_chunks(chunks, self.plan.prompt_tokens):
-            with self._timer.prompt(sum(chunk.count for chunk in part)):
-                for chunk, x in zip(part, self._run_chunks(part), strict=True):  # a sequence's last chunk comes last
-                    hidden = _put_row(hidden, x, np.int32(chunk.count - 1), np.int32(chunk.sequence))
+        for chunks in passes:
+            with self._timer.prompt(num_tokens(chunks)):
+                for chunk, x in zip(chunks, self._run_chunks(chunks), strict=True):  # a sequence's last token comes last
+                    hidden = _put_rows(hidden, x, chunk.last_rows(self.num_seqs))
                 logits = self._head(hidden)
         return logits
 
@@ -212,8 +214,8 @@ class Engine:
         longest = max(len(token_ids), min(self.capacity, self.config.max_positions))
         self.prepare(max(self.num_seqs, 1), longest, max(self.kv_cache.num_positions, len(token_ids)))
         parts = []
-        for chunks in group_chunks(split_prompt(0, token_ids), self.plan.prompt_tokens):
-            with self._timer.prompt(sum(chunk.count for chunk in chunks)):
+        for chunks in pack_prompts([(0, token_ids, 0)], self.plan.prompt_tokens):
+            with self._timer.prompt(num_tokens(chunks)):
                 logits = self.matrices.logits(self._run_chunks(chunks, predict=True))
                 parts += [np.asarray(rows)[: chunk.count] for chunk, rows in zip(chunks, logits, strict=True)]
         return np.concatenate(parts)
@@ -296,15 +298,13 @@ class Engine:
 
     def _run_chunks(self, chunks: Sequence[Chunk], *, predict: bool = False) -> list[jax.Array]:
         """The last layer's outputs, [T, D] a chunk."""
-        outputs = [
-            self.matrices.embed(chunk.token_ids, np.arange(chunk.start, chunk.start + len(chunk.token_ids), dtype=np.int32))
-            for chunk in chunks
-        ]
+        outputs = [self.matrices.embed(chunk.token_ids, chunk.positions) for chunk in chunks]
+        tables = self.kv_cache.tables()
         before: Sequence[Tile | None] = [None] * len(chunks)
         for layer in range(self.config.num_layers):
             weights = self.matrices.take_attention(layer)
             with self._trace.span(ATTENTION, layer):
-                tiles = [self._attend(layer, weights, chunk, x) for chunk, x in zip(chunks, outputs, strict=True)]
+                tiles = [self._attend(layer, weights, tables, chunk, x) for chunk, x in zip(chunks, outputs, strict=True)]
                 self.matrices.give_back_attention(layer, tiles[-1].residual)
             votes = None
             if predict:
@@ -319,9 +319,9 @@ class Engine:
             predict = partial(self._predicting, layer, guess=True)  # the kernel that steps use
             return count_votes(predict, tiles, before, self.num_seqs)
 
-    def _attend(self, layer: int, weights: dict[str, jax.Array], chunk: Chunk, x: jax.Array) -> Tile:
-        residual, ffn_in = self.kv_cache.attend_chunk(layer, x, weights, chunk)
-        return Tile(residual=residual, ffn_in=ffn_in, active=np.arange(len(x)) < chunk.count)
+    def _attend(self, layer: int, weights: dict[str, jax.Array], tables: np.ndarray, chunk: Chunk, x: jax.Array) -> Tile:
+        residual, ffn_in = self.kv_cache.attend_chunk(layer, x, weights, tables, chunk)
+        return Tile(residual=residual, ffn_in=ffn_in, active=chunk.active)
 
     def _predicting(self, layer: int, tile: Tile, before: Tile | None, *, guess: bool = False) -> Tile:
         """The tile with its predicted neurons, where the layer is cached.
@@ -347,7 +347,7 @@ class Engine:
     def _warm_up(self) -> None:
         """Compiles every kernel for this batch and capacity by running it once, on layer 0 and on nothing."""
         examples = self.matrices.examples()
-        nothing = np.zeros(self.num_seqs, np.int32)
+        nothing, nobody = np.zeros(self.num_seqs, np.int32), np.zeros(0, np.int32)
         x = zeros((self.num_seqs, self.config.d_model))
         for bound in doublings(SMALLEST_CAPACITY, self.capacity):
             for weights in examples:
@@ -361,11 +361,11 @@ class Engine:
         self.neurons.warm_up_step(tile)
         self.matrices.warm_up(x)
         for size in CHUNK_SIZES:
-            chunk = Chunk(0, 0, 0, np.zeros(size, np.int32))
+            chunk = Chunk.pack(nobody, nobody, nobody, size)
             for weights in examples:
-                tile = self._attend(0, weights, chunk, zeros((size, self.config.d_model)))
+                tile = self._attend(0, weights, self.kv_cache.tables(), chunk, zeros((size, self.config.d_model)))
             self.neurons.warm_up_prompt(tile)
             self.after_ffn(0, tile.residual)
-            self.matrices.embed(chunk.token_ids, chunk.token_ids)
-            _put_row(x, tile.residual, np.int32(0), np.int32(0))
+            self.matrices.embed(chunk.token_ids, chunk.positions)
+            _put_rows(x, tile.residual, nothing)
             take_rows(tile, nothing, self.num_seqs)

@@ -1,6 +1,6 @@
 """Keys and values of all layers in blocks that sequences of any length share, and attention over them.
 
-Axes: B sequences, T tokens of a chunk, D d_model, H heads, N blocks, M blocks of a sequence's table.
+Axes: B sequences, T tokens of a chunk of prompts, D d_model, H heads, N blocks, M blocks of a sequence's table.
 """
 
 import jax
@@ -10,11 +10,12 @@ from ..kernels.compilation import jit
 from ..kernels.decoder_layer import LayerShape, Weights, attention_chunk, attention_decode
 from ..storage.model_config import ModelConfig
 from .block_pool import BLOCK_SIZE, BlockPool, num_blocks_for
-from .fixed_shapes import Chunk, capacity_for
+from .chunks import Chunk
+from .fixed_shapes import capacity_for
 from .weights import zeros
 
 _attention_decode = jit(attention_decode, static_argnames=("shape", "num_positions"), donate_argnames=("keys", "values"))
-_attention_chunk = jit(attention_chunk, static_argnames=("shape", "num_positions"), donate_argnames=("keys", "values"))
+_attention_chunk = jit(attention_chunk, static_argnames="shape", donate_argnames=("keys", "values"))
 
 
 def num_cache_blocks(num_seqs: int, max_length: int, num_positions: int | None = None) -> int:
@@ -105,9 +106,12 @@ class KVCache:
         self._held[sequence] = []
         self._tables[sequence] = self.pool.num_blocks
 
-    def tables(self, active: np.ndarray) -> np.ndarray:
-        """[B, M] int32: the blocks of the sequences that are active, [B] bool; the others have none, so that nothing is written."""
-        return np.where(active[:, None], self._tables, np.int32(self.pool.num_blocks))
+    def tables(self, active: np.ndarray | None = None) -> np.ndarray:
+        """[B, M] int32: the blocks of the sequences that are active, [B] bool; the others have none, so that nothing is written.
+
+        None: of all sequences. The array is the caller's: it may be read after a sequence has ended.
+        """
+        return self._tables.copy() if active is None else np.where(active[:, None], self._tables, np.int32(self.pool.num_blocks))
 
     def attend_step(
         self, layer: int, x: jax.Array, weights: Weights, tables: np.ndarray, positions: np.ndarray, bound: int
@@ -128,16 +132,20 @@ class KVCache:
         )
         return residual, ffn_in
 
-    def attend_chunk(self, layer: int, x: jax.Array, weights: Weights, chunk: Chunk) -> tuple[jax.Array, jax.Array]:
-        """A chunk [T, D] of a sequence's prompt through a layer's attention: residual and the FFN's input, [T, D] f32 each."""
+    def attend_chunk(
+        self, layer: int, x: jax.Array, weights: Weights, tables: np.ndarray, chunk: Chunk
+    ) -> tuple[jax.Array, jax.Array]:
+        """A chunk of prompts [T, D] through a layer's attention, `tables` [B, M]: residual and the FFN's input, [T, D] f32 each."""
         residual, ffn_in, self._keys[layer], self._values[layer] = _attention_chunk(
             x,
             weights,
             self._keys[layer],
             self._values[layer],
-            self._tables[chunk.sequence].copy(),  # read when it is computed, which may be after the sequence has ended
-            np.int32(chunk.start),
-            np.int32(chunk.count),
+            tables,
+            chunk.sequences,
+            chunk.positions,
+            chunk.pieces,
+            chunk.num_pieces,
             self._shape,
         )
         return residual, ffn_in

@@ -3,7 +3,7 @@
 Axes: W windows of a group, C tokens of a window, T tokens of a chunk, D d_model, F d_ff, V vocabulary.
 
 Decoding goes through all layers for a token. Here all text goes through a layer before the next one is read, so that memory holds one
-layer's attention, a few blocks of neurons, and one window's keys and values; hidden states wait on disk, the caller's to keep.
+layer's attention, a few blocks of neurons, and a group's keys and values; hidden states wait on disk, the caller's to keep.
 """
 
 from collections.abc import Iterator
@@ -14,9 +14,9 @@ import jax
 import numpy as np
 
 from ..storage.store import Store
+from .chunks import Chunk, cut, pack_prompts
 from .engine import Engine
 from .feed_forward import Tile
-from .fixed_shapes import Chunk, split_prompt
 from .kv_cache import KVCache
 from .options import EngineOptions
 from .predictors import LayerPredictor
@@ -64,16 +64,13 @@ class LayerwisePass:
         assert self.engine.neurons.streamed is not None
         self._ffn = self.engine.neurons.streamed
         self.group = max(1, GROUP_TOKENS // context)
-        self._kv_cache = KVCache(store.config, self.engine.shape, 1, context, num_layers=1)
+        self._kv_cache = KVCache(store.config, self.engine.shape, self.group, context, num_layers=1)
         self._newest = zeros((1,))  # what was last computed with attention weights
 
     def embed(self, token_ids: np.ndarray) -> np.ndarray:
         """[W, C] int32 to the first layer's input, [W, C, D] f32."""
-        rows = []
-        for window in token_ids:
-            for chunk in split_prompt(0, window):
-                positions = np.arange(chunk.start, chunk.start + len(chunk.token_ids), dtype=np.int32)
-                rows.append(np.asarray(self.engine.matrices.embed(chunk.token_ids, positions))[: chunk.count])
+        embed = self.engine.matrices.embed
+        rows = [np.asarray(embed(chunk.token_ids, chunk.positions))[: chunk.count] for chunk, _, _ in self._chunks(token_ids)]
         return np.concatenate(rows).reshape(*token_ids.shape, -1)
 
     @contextmanager
@@ -102,14 +99,13 @@ class LayerwisePass:
           predictor: each token's neurons are those that it names; None: all.
           before: [W, C, D] f32, what the predictor reads, where that is not this layer's own FFN input.
         """
-        tiles = []
-        for number, window in enumerate(hidden):
-            for chunk in split_prompt(0, np.zeros(len(window), np.int32)):
-                tile = self._attend(weights, window, chunk)
-                if predictor is not None:
-                    read = tile.ffn_in if before is None else _rows_of(chunk, before[number])
-                    tile = replace(tile, predicted=predictor.predict(read))
-                tiles.append(tile)
+        tiles, rows = [], hidden.reshape(-1, hidden.shape[2])
+        for chunk, start, stop in self._chunks(np.zeros(hidden.shape[:2], np.int32)):
+            tile = self._attend(weights, chunk, rows[start:stop])
+            if predictor is not None:
+                read = tile.ffn_in if before is None else _padded(before.reshape(rows.shape)[start:stop], len(chunk.token_ids))
+                tile = replace(tile, predicted=predictor.predict(read))
+            tiles.append(tile)
         self._newest = tiles[-1].residual
         outputs, active = self._ffn.observe_neurons(layer, tiles)
         outputs = [self.engine.after_ffn(layer, x) for x in outputs]
@@ -121,18 +117,29 @@ class LayerwisePass:
 
         return LayerOutput(hidden=joined(outputs), ffn_in=joined([tile.ffn_in for tile in tiles]), active=joined(active))
 
-    def _attend(self, weights: dict[str, jax.Array], window: np.ndarray, chunk: Chunk) -> Tile:
-        """A chunk of one window [C, D] through attention; chunks of a window follow each other."""
-        residual, ffn_in = self._kv_cache.attend_chunk(0, _rows_of(chunk, window), weights, chunk)
-        return Tile(residual=residual, ffn_in=ffn_in, active=np.arange(len(chunk.token_ids)) < chunk.count)
+    def _chunks(self, token_ids: np.ndarray) -> Iterator[tuple[Chunk, int, int]]:
+        """Windows [W, C] int32, each a sequence of its own, in chunks; the rows of [W * C] that each holds, from `start` to `stop`."""
+        start = 0
+        for first in range(0, len(token_ids), self.group):  # the KV cache has room for so many
+            windows = token_ids[first : first + self.group]
+            for chunks in pack_prompts([(number, window, 0) for number, window in enumerate(windows)], windows.size):
+                for chunk in chunks:
+                    yield chunk, start, start + chunk.count
+                    start += chunk.count
+
+    def _attend(self, weights: dict[str, jax.Array], chunk: Chunk, rows: np.ndarray) -> Tile:
+        """A chunk's rows [count, D] through attention; chunks of a group follow each other."""
+        x = _padded(rows, len(chunk.token_ids))
+        residual, ffn_in = self._kv_cache.attend_chunk(0, x, weights, self._kv_cache.tables(), chunk)
+        return Tile(residual=residual, ffn_in=ffn_in, active=chunk.active)
 
     def logits(self, windows: list[np.ndarray]) -> list[np.ndarray]:
         """From the last layer's outputs [C, D], each, to logits [C, V] f32; the head is streamed once for all of them."""
-        chunks = [(number, chunk) for number, x in enumerate(windows) for chunk in split_prompt(0, np.zeros(len(x), np.int32))]
-        rows = self.engine.matrices.logits([_rows_of(chunk, windows[number]) for number, chunk in chunks])
+        cuts = [(number, *part) for number, x in enumerate(windows) for part in cut(0, len(x))]
+        rows = self.engine.matrices.logits([_padded(windows[number][start:stop], size) for number, start, stop, size in cuts])
         parts: list[list[np.ndarray]] = [[] for _ in windows]
-        for (number, chunk), values in zip(chunks, rows, strict=True):
-            parts[number].append(np.asarray(values)[: chunk.count])
+        for (number, start, stop, _), values in zip(cuts, rows, strict=True):
+            parts[number].append(np.asarray(values)[: stop - start])
         return [np.concatenate(part) for part in parts]
 
     def up_rows(self, layer: int) -> np.ndarray:
@@ -153,7 +160,6 @@ class LayerwisePass:
         self.close()
 
 
-def _rows_of(chunk: Chunk, window: np.ndarray) -> jax.Array:
-    """[T, D] on the device: the chunk's rows of a window [C, D], then zeros."""
-    rows = window[chunk.start : chunk.start + chunk.count]
-    return on_device(np.pad(rows, ((0, len(chunk.token_ids) - len(rows)), (0, 0))))
+def _padded(rows: np.ndarray, size: int) -> jax.Array:
+    """[size, D] on the device: the rows, then zeros."""
+    return on_device(np.pad(rows, ((0, size - len(rows)), (0, 0))))

@@ -16,6 +16,7 @@ from .predictors import predictor_bytes
 from .weights import compute_dtype, loaded_bytes
 
 _LOGITS = 10  # [B, V] f32 each: those of a step, the pieces they come from, and seven or eight that sampling with a filter makes
+_ATTENTION = 6  # of a chunk, [T, D] f32 each: what the compiled kernel says that it needs beside its results
 _ACTIVATIONS = 5  # of a prompt's tokens at a time, [T, D] f32 each: input, residual, FFN input, sum, output
 
 
@@ -63,10 +64,10 @@ def activation_bytes(store: Store, plan: Plan) -> int:
     """What passes through the layers: of prompts, and of a decoding step."""
     config = store.config
     prompt = _ACTIVATIONS * plan.prompt_tokens * config.d_model
-    scores = 2 * CHUNK_SIZES[-1] * config.num_heads * (capacity_for(plan.max_length) if plan.max_length else 0)
+    attention = _ATTENTION * CHUNK_SIZES[-1] * config.d_model
     hidden = 2 * CHUNK_SIZES[-1] * max(block_rows(store, plan.block_bytes), config.d_ff if RESIDENT in plan.ffn else 0)
     logits = _LOGITS * max(plan.num_seqs, 1) * config.vocab_size
-    return np.dtype(np.float32).itemsize * (prompt + max(scores, hidden, logits))
+    return np.dtype(np.float32).itemsize * (prompt + max(attention, hidden, logits))
 
 
 def buffer_bytes(store: Store, plan: Plan) -> int:

@@ -11,12 +11,15 @@ from .loader_pool import LoaderPool
 from .step_times import StepTimes
 from .trace import PROMPT, STEP, recorder
 
+_TRIMMED_BYTES = 1 << 20  # of a pass's hidden states; what smaller ones leave the next pass fills
+
 
 class StepTimer:
     """Counts on an engine's totals."""
 
-    def __init__(self, times: StepTimes, pool: LoaderPool, live: LivePage) -> None:
+    def __init__(self, times: StepTimes, pool: LoaderPool, live: LivePage, d_model: int) -> None:
         """Begins; `times` is counted on, `live` shows it after each pass and step."""
+        self._row_bytes = 4 * d_model
         self._times, self._pool, self._live = times, pool, live
         self._trace, self._broken = recorder(), False
 
@@ -30,7 +33,8 @@ class StepTimer:
         began, requested = time.perf_counter_ns(), self._pool.bytes_requested
         with self._whole(), self._trace.span(PROMPT, value=num_tokens):
             yield
-        trim()  # the activations of many tokens leave holes that steps do not fill
+        if num_tokens * self._row_bytes >= _TRIMMED_BYTES:
+            trim()  # the activations of many tokens leave holes that steps do not fill
         elapsed = time.perf_counter_ns() - began
         self._times.prompt_ns += elapsed
         self._times.total_ns += elapsed

@@ -4,7 +4,10 @@
 
 One JSON document on standard output. Memory is the proportional share (PSS) of the engine and its loaders together, the median of the
 samples of each thousand requests. With --py-spy FILE, a py-spy program looks at the engine's threads, native frames too, during the last
-quarter; the document then says for which parts of its time the main thread was in a kernel, waiting, or in Python.
+quarter; the document then says for which parts of its time the main thread was in a kernel, waiting, or in Python. Small kernels run in the
+thread that starts them, so a sample counts as a kernel where XLA's runtime for the CPU, Eigen, the native kernels or a frame of no
+library (what XLA has compiled) is in its stack; else as a wait where its innermost frame waits for the system; all else is Python, starting
+kernels, collecting garbage and giving memory back included. Each look stops the process for a while: take seconds from a run without.
 """
 
 import argparse
@@ -83,8 +86,10 @@ def main_thread_shares(stacks: Path) -> dict[str, Any]:
         stack, _, count = line.rpartition(" ")
         if "MainThread" not in stack:
             continue
-        frame = stack.rpartition(";")[2]
-        kind = "waits" if frame.startswith(WAITS) else "kernels" if any(mark in stack for mark in KERNELS) else "python"
+        *_, frame = frames = stack.split(";")
+        compiled = any(each.startswith("0x") and "(" not in each for each in frames)
+        waiting = frame.startswith(WAITS)
+        kind = "kernels" if compiled or any(mark in stack for mark in KERNELS) else "waits" if waiting else "python"
         found[kind] += int(count)
         if kind == "python":
             rest[frame] += int(count)

@@ -52,43 +52,71 @@ def test_decode_never_reads_beyond_num_positions(rng, num_positions):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_append_decode_writes_one_position_a_sequence(rng, shape):
-    """One beyond its table, or without a block, is dropped, not moved."""
+def test_append_writes_one_position_a_token(rng, shape):
+    """One beyond its table, without a block, or nobody's is dropped, not moved."""
     batch, num_heads, capacity, head_dim, size = shape
-    tables, num_blocks = random_tables(rng, batch, capacity, size)
-    cache, new = random_cache(rng, num_heads, num_blocks, size, head_dim), normal(rng, batch, num_heads, head_dim)
-    positions = rng.integers(0, capacity, batch, dtype=np.int32)
-    positions[0] = tables.shape[1] * size
-    tables[-1] = num_blocks
-    found = jit(attention.append_decode)(cache, new, tables, positions)
-    np.testing.assert_array_equal(np.asarray(found), reference.append_decode(cache, new, tables, positions))
+    tables, num_blocks = random_tables(rng, batch + 1, capacity, size)
+    cache, new = random_cache(rng, num_heads, num_blocks, size, head_dim), normal(rng, batch + 4, num_heads, head_dim)
+    sequences = np.r_[rng.integers(0, batch, batch + 1), batch, 0, 1 << 30].astype(np.int32)
+    positions = rng.permutation(capacity)[: batch + 4].astype(np.int32)
+    positions[-2] = tables.shape[1] * size
+    tables[batch] = num_blocks
+    found = jit(attention.append)(cache, new, tables, sequences, positions)
+    np.testing.assert_array_equal(np.asarray(found), reference.append(cache, new, tables, sequences, positions))
 
 
-@pytest.mark.parametrize("start,count", [(0, 16), (0, 5), (7, 16), (40, 10), (47, 3), (49, 1), (45, 16), (3, 0)])
-def test_append_chunk_writes_real_tokens_only(rng, start, count):
-    tables, num_blocks = random_tables(rng, 3, 50, 10)
-    cache, new = random_cache(rng, 2, num_blocks, 10, 16), normal(rng, 16, 2, 16)
-    found = jit(attention.append_chunk)(cache, new, tables[1], np.int32(start), np.int32(count))
-    np.testing.assert_array_equal(np.asarray(found), reference.append_chunk(cache, new, tables[1], start, count))
+def in_pieces(stretches: list[tuple[int, int, int]], num_tokens: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
+    """Stretches (sequence, first position, length) one after the other: whose tokens, [T] positions, pieces [T, 4], how many of them."""
+    sequences, positions = np.zeros(num_tokens, np.int32), np.zeros(num_tokens, np.int32)
+    pieces, place = [], 0
+    for sequence, start, length in stretches:
+        sequences[place : place + length], positions[place : place + length] = sequence, range(start, start + length)
+        for done in range(0, length, attention.PIECE):
+            pieces.append((sequence, start + done, place + done, min(attention.PIECE, length - done)))
+        place += length
+    padded = np.zeros((num_tokens, 4), np.int32)
+    padded[: len(pieces)] = pieces
+    return sequences, positions, padded, len(pieces)
 
 
-@pytest.mark.parametrize("start,count", [(0, 16), (0, 5), (7, 16), (40, 10), (49, 1)])
-def test_chunk_agrees_with_reference(rng, start, count):
-    tables, num_blocks = random_tables(rng, 3, 50, 10)
-    query, keys, values = normal(rng, 16, 2, 16), *(random_cache(rng, 2, num_blocks, 10, 16) for _ in "kv")
-    expected = reference.attend_chunk(query, keys, values, tables[2], start, count)
-    found = np.asarray(jit(attention.attend_chunk)(query, keys, values, tables[2], np.int32(start)))
-    np.testing.assert_allclose(found[:count], expected, atol=TOLERANCE)
-    assert np.isfinite(found).all()
+@pytest.fixture(scope="module")
+def attend_chunk():
+    return jit(attention.attend_chunk)
 
 
-def test_chunk_never_reads_beyond_num_positions(rng):
-    tables, num_blocks = random_tables(rng, 2, 50, 10)
-    query, keys, values = normal(rng, 8, 2, 16), *(random_cache(rng, 2, num_blocks, 10, 16) for _ in "kv")
-    expected = reference.attend_chunk(query, keys, values, tables[0], 4, 8)
-    for cache in (keys, values):
-        spoil(cache, tables[0], 16)
-        cache[:, tables[1]] = np.nan
-    attend = jit(attention.attend_chunk, static_argnames="num_positions")
-    found = attend(query, keys, values, tables[0], np.int32(4), num_positions=16)
-    np.testing.assert_allclose(np.asarray(found), expected, atol=TOLERANCE)
+@pytest.mark.parametrize("num_tokens", [64, 256])
+def test_any_mix_of_prompts_agrees_with_reference(rng, attend_chunk, num_tokens):
+    """Of lengths and beginnings of all kinds, two of them with blocks in common; what is not theirs to see is beyond all bounds."""
+    for _ in range(3):
+        tables, num_blocks = random_tables(rng, 5, 160, 32)
+        tables[1, :2] = tables[0, :2]
+        query, keys, values = normal(rng, num_tokens, 2, 16), *(random_cache(rng, 2, num_blocks, 32, 16) for _ in "kv")
+        stretches, left = [], num_tokens
+        for sequence in rng.permutation(5):
+            length = min(int(rng.integers(1, 71)), left)
+            start = int(rng.integers(0, 160 - length + 1)) if sequence else 0
+            if length:
+                stretches.append((sequence, start, length))
+            left -= length
+        sequences, positions, pieces, num_pieces = in_pieces(stretches, num_tokens)
+        count = num_tokens - left
+        found = np.asarray(attend_chunk(query, keys, values, tables, pieces, np.int32(num_pieces)))
+        expected = reference.attend_decode(query[:count], keys, values, tables[sequences[:count]], positions[:count] + 1)
+        np.testing.assert_allclose(found[:count], expected, atol=TOLERANCE)
+        assert np.isfinite(found).all()
+
+
+def test_tokens_do_not_depend_on_who_is_beside_them(rng, attend_chunk):
+    """To the bit, in chunks of any size, and however they are cut in pieces."""
+    tables, num_blocks = random_tables(rng, 2, 160, 32)
+    query, keys, values = normal(rng, 40, 2, 16), *(random_cache(rng, 2, num_blocks, 32, 16) for _ in "kv")
+    seen = []
+    for num_tokens, first, others in [(64, 0, 0), (64, 0, 7), (64, 0, 24), (256, 0, 33), (256, 0, 216), (64, 9, 3)]:
+        stretches = [(0, 0, others), (1, 100 + first, 40 - first)]
+        _, _, pieces, num_pieces = in_pieces([stretch for stretch in stretches if stretch[2]], num_tokens)
+        chunk = normal(rng, num_tokens, 2, 16)
+        chunk[others : others + 40 - first] = query[first:]
+        found = np.asarray(attend_chunk(chunk, keys, values, tables, pieces, np.int32(num_pieces)))
+        seen.append(found[others : others + 40 - first])
+    for found in seen[1:]:
+        np.testing.assert_array_equal(found, seen[0][-len(found) :])

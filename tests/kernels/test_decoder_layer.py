@@ -93,10 +93,13 @@ def test_chunks_and_single_tokens_agree(rng, sizes, dtype, norm_first):
     tables = np.asarray([[4, 0, 5], [3, 1, 2]], np.int32)
     keys, values = cache
     parts = []
-    for start, count in [(0, 16), (16, 5)]:  # 16 tokens from position 16 exceed the capacity of 24
+    for start, count in [(0, 16), (16, 5)]:
         padded = np.full((16, d_model), 1e6, np.float32)
         padded[:count] = x[start : start + count]
-        residual, ffn_in, keys, values = chunk(padded, weights, keys, values, tables[1], np.int32(start), np.int32(count))
+        owners, positions = np.full(16, 2, np.int32), np.zeros(16, np.int32)
+        owners[:count], positions[:count] = 1, range(start, start + count)
+        pieces = np.asarray([[1, start, 0, count]], np.int32)
+        residual, ffn_in, keys, values = chunk(padded, weights, keys, values, tables, owners, positions, pieces, np.int32(1))
         parts.append((np.asarray(residual)[:count], np.asarray(ffn_in)[:count]))
     step_keys, step_values = cache
     for t in range(21):

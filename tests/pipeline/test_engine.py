@@ -66,7 +66,7 @@ def descriptors() -> int:
 def test_prompts_of_every_length(
     store: Store, reference, text: np.ndarray, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Around the sizes of chunks and of the KV cache, with layers streamed in blocks of which the last is shorter."""
+    """Around the sizes of chunks and pieces and of the KV cache, with layers streamed in blocks of which the last is shorter."""
     monkeypatch.setattr(plan, "BLOCK_BYTES", 100 * store.bundles.bundle_bytes)
     expected = reference(text[:300])
     with open_engine(store, **options) as engine:
@@ -76,6 +76,22 @@ def test_prompts_of_every_length(
         engine.prepare(4, 300)
         last = np.asarray(engine.process_prompts([(row, text[:length]) for row, length in enumerate(lengths)]))
         np.testing.assert_allclose(last, expected[np.asarray(lengths) - 1], rtol=0, atol=TOLERANCE)
+
+
+def test_a_prompt_does_not_depend_on_who_passes_with_it(store: Store, text: np.ndarray) -> None:
+    """To the bit, and one of them reads what another writes in the same pass."""
+    prompts = [text[:33], text[40:41], text[50:120], text[130:280], np.concatenate([text[130:194], text[300:326]])]
+    with open_engine(store, ffn="resident") as engine:
+        engine.prepare(len(prompts), 150)
+        alone = []
+        for row, prompt in enumerate(prompts):
+            engine.kv_cache.clear()
+            assert engine.kv_cache.admit(row, prompt, len(prompt))
+            alone.append(np.asarray(engine.process_prompts([(row, prompt)]))[row])
+        engine.kv_cache.clear()
+        assert all(engine.kv_cache.admit(row, prompt, len(prompt)) for row, prompt in enumerate(prompts))
+        assert engine.kv_cache.num_cached == [0, 0, 0, 0, 64]
+        np.testing.assert_array_equal(np.asarray(engine.process_prompts(list(enumerate(prompts)))), alone)
 
 
 def test_naive_streams_a_large_vocabulary_from_many_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from tiny_models import BUFFERED, DIRECT, fresh_seed, make_store, model_config
 from inflash import LLM, SamplingParams
 from inflash.kernels.decoder_layer import LayerShape
 from inflash.pipeline.block_pool import BLOCK_SIZE
+from inflash.pipeline.chunks import num_tokens
 from inflash.pipeline.engine import Engine
 from inflash.pipeline.kv_cache import KVCache
 from inflash.pipeline.prompt_passes import PromptPasses
@@ -87,7 +88,7 @@ class Watched:
         run_chunks, decode = engine._run_chunks, engine.decode
 
         def watched_chunks(chunks: Any, **options: Any) -> Any:
-            self.events.append(("pass", sum(chunk.count for chunk in chunks)))
+            self.events.append(("pass", num_tokens(chunks)))
             return run_chunks(chunks, **options)
 
         def watched_decode(token_ids: np.ndarray, positions: np.ndarray, active: np.ndarray) -> Any:
