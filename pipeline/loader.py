@@ -28,6 +28,7 @@ from ..storage.read_queue import PreparedReads, open_read_queue
 from ..storage.readers import DirectFile, DirectReader
 from .channel import BYTES, COUNTERS, RANGE, RING_LENGTH, ROWS, SCATTER, Channel, ChannelRegion
 from .slab import ALIGNMENT, Slab
+from .staging import Staging, is_staged
 from .trace import COMPLETE, PLAN, READ, REQUEST, SUBMIT, attach, flow_of, recorder
 
 _LARGEST_BATCH = 64  # reads that are worth waiting for
@@ -78,7 +79,7 @@ class _Request:
       number: in its channel.
       reads: what it reads.
       file: that they read from.
-      check: called when all reads are back.
+      check: called when all reads are back; puts what was read where it belongs, if it is not there, and checks it.
       ahead: nobody waits for it yet.
       in_order: it reads a stretch rather than picked neurons.
       num_bytes: of weights that were asked for.
@@ -144,6 +145,7 @@ class Loader:
         self._trace = recorder()
         self._scratch = mmap.mmap(-1, max(config.merge_gap, ALIGNMENT))
         self._scratch_address = np.frombuffer(self._scratch, np.uint8).ctypes.data
+        self._staging = Staging()
         self._served = 0
         self._counted_until = 0  # ns, of the time that is counted as busy
         self._waiting: deque[_Request] = deque()  # with reads that have not begun
@@ -272,9 +274,11 @@ class Loader:
         dtype = np.dtype(f"u{config.item_bytes}")
         shape = (int(slots.max()) + 1, config.d_model)
         parts = [self._slab.array(int(o), shape, dtype) for o in record["parts"][:num_parts]]
+        num_bytes = count * num_parts * config.d_model * config.item_bytes
+        if kind == RANGE and is_staged(config.d_model * config.item_bytes, num_bytes):
+            return self._plan_staged(number, reader, positions, slots, parts)
         addresses = [part.ctypes.data for part in parts]
         plan = reader.plan(positions, slots, addresses, merge_gap=config.merge_gap, scratch=self._scratch_address)
-        num_bytes = count * num_parts * config.d_model * config.item_bytes
         reads = self._queue.prepare(reader.descriptor(addresses), plan, number << _TAG_BITS)
         return _Request(
             number,
@@ -285,6 +289,24 @@ class Loader:
             ahead=bool(record["ahead"]),
             in_order=kind == RANGE,
         )
+
+    def _plan_staged(
+        self, number: int, reader: DirectReader, positions: np.ndarray, slots: np.ndarray, parts: list[np.ndarray]
+    ) -> _Request:
+        """A stretch of neurons, read in one piece and then put into its rows."""
+        bundle_bytes = len(parts) * parts[0][0].nbytes
+        memory = self._staging.take(len(positions) * bundle_bytes)
+        plan = reader.plan_bundles(positions, memory.ctypes.data)
+        reads = self._queue.prepare(reader.descriptor([memory.ctypes.data]), plan, number << _TAG_BITS)
+
+        def check() -> None:
+            bundles = memory[: len(positions) * bundle_bytes].view(parts[0].dtype).reshape(len(positions), len(parts), -1)
+            for part, rows in zip(parts, bundles.swapaxes(0, 1), strict=True):
+                part[slots[0] : slots[0] + len(rows)] = rows
+            self._staging.give_back(memory)
+            reader.check(positions, slots, parts)
+
+        return _Request(number, reads, reader.file, len(positions) * bundle_bytes, check, in_order=True)
 
     def _plan_bytes(self, number: int, source: int, start: int, count: int, target: int) -> _Request:
         file = self._file(source)

@@ -13,6 +13,7 @@ from .host_memory import available_bytes, check_fits, program_bytes
 from .options import EngineOptions
 from .plan import CACHED, RESIDENT, Plan, guessed_layers, plan_from_options
 from .predictors import predictor_bytes
+from .staging import is_staged
 from .weights import compute_dtype, loaded_bytes
 
 _LOGITS = 10  # [B, V] f32 each: those of a step, the pieces they come from, and seven or eight that sampling with a filter makes
@@ -75,6 +76,8 @@ def buffer_bytes(store: Store, plan: Plan) -> int:
     config, bundles = store.config, store.bundles
     streams = any(way != RESIDENT for way in plan.ffn)
     blocks = STREAM_BUFFERS * block_rows(store, plan.block_bytes) * bundles.bundle_bytes if streams else 0
+    if is_staged(bundles.row_bytes, blocks // STREAM_BUFFERS):  # in every loader, at worst
+        blocks *= 1 + plan.loaders
     return blocks + (2 * 4 * config.d_model * bundles.row_bytes if plan.streams_matrices else 0)
 
 

@@ -165,6 +165,12 @@ class DirectReader:
         rows = np.asarray(slots, np.uint64)[:, None] * np.uint64(self._row_bytes) + np.asarray(addresses, np.uint64)[None]
         return plan_rows(self._array.row_offsets[positions], rows, self._row_bytes, merge_gap=merge_gap, scratch=scratch)
 
+    def plan_bundles(self, positions: np.ndarray, address: int) -> ReadPlan:
+        """Reads of whole bundles, one after the other to one place in memory."""
+        size = self._num_parts * self._row_bytes
+        addresses = np.uint64(address) + np.arange(len(positions), dtype=np.uint64) * np.uint64(size)
+        return plan_rows(self._array.row_offsets[positions], addresses[:, None], size)
+
     def descriptor(self, addresses: Sequence[int]) -> int:
         """To read rows of the arrays at these addresses with: direct where that works, tried once an alignment."""
         key = tuple(address % 4096 for address in addresses)

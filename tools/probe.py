@@ -37,7 +37,7 @@ _CURVE_S, _KERNEL_S = 0.4, 0.25
 _HITS = (64, 512, 2048)  # predicted neurons of a step
 _REPETITIONS = 16
 _SWEPT_BYTES = 48 << 20
-_STREAMED_BYTES, _WARMED_BYTES = 256 << 20, 2 << 30
+_STREAMED_BYTES, _MOST_STREAMED, _WARMED_BYTES = 256 << 20, 64, 2 << 30
 _FETCHED = 1024  # neurons that loaders are asked for at once
 
 
@@ -214,11 +214,13 @@ class _Layer:
 def _streaming(store: Store, yardstick: Any, state: Any) -> dict[str, Any]:
     """Layers streamed in blocks: the disk's rate, and what computing with a block takes meanwhile."""
     from ..pipeline.device import KernelTimes, Rate
+    from ..pipeline.feed_forward import STREAM_BUFFERS
     from ..pipeline.plan import BLOCK_BYTES, STREAMED
 
     rates, kernels, processor = [], {}, 0.0
-    layers = min(store.config.num_layers, max(1, _STREAMED_BYTES // store.bundles.layer_bytes))
+    layers = min(_MOST_STREAMED, max(1, _STREAMED_BYTES // store.bundles.layer_bytes))
     num_bytes, blocks = layers * store.bundles.layer_bytes, layers * -(-store.bundles.layer_bytes // BLOCK_BYTES)
+    there = (STREAM_BUFFERS - 1) * min(store.bundles.layer_bytes, BLOCK_BYTES)  # before the time begins
     with _Layer(store, STREAMED, 0) as layer:
         # A run goes through all of them again and again, and a host may keep some: not as after the random reads before this.
         for number in range(min(store.config.num_layers, _WARMED_BYTES // store.bundles.layer_bytes)):
@@ -234,7 +236,7 @@ def _streaming(store: Store, yardstick: Any, state: Any) -> dict[str, Any]:
                     layer.neurons.add_step((turn * layers + number) % store.config.num_layers, tile).block_until_ready()
                 elapsed, waited = time.perf_counter() - began, (layer.pool.wait_ns - waited) / 1e9
                 share = state.kernel_s[batch] / now.kernel_s[batch]
-                rate = num_bytes / elapsed * state.stream_bytes_per_s / now.stream_bytes_per_s
+                rate = max(num_bytes - there, num_bytes / 4) / elapsed * state.stream_bytes_per_s / now.stream_bytes_per_s
                 samples.append((share * (elapsed - waited), rate, share * (layer.processor_s() - used)))
             compute, rate, used = (statistics.median(values) for values in zip(*samples, strict=True))
             rates.append(rate)

@@ -63,6 +63,23 @@ def test_ranges_arrive_in_order(neurons: tuple[Store, list[np.ndarray]]) -> None
         assert b.pool.counters()["bytes"] == b.pool.bytes_requested == 450 * 1024
 
 
+def test_ranges_of_rows_of_any_size(tmp_path: Path) -> None:
+    """Small rows are read in one piece first; several stretches are under way at a time, again and again."""
+    for d_model in (96, 2048):
+        store, layers = write_neurons(tmp_path / str(d_model), dtype="bfloat16", d_model=d_model, d_ff=80)
+        with bench(store, loaders=1, depth=8) as b:
+            for turn in range(3):
+                asked = [
+                    (layer, first, 40 * number) for number, (layer, first) in enumerate([(0, turn), (1, 30), (1, 0), (0, 40)])
+                ]
+                for ticket in [b.pool.read_range(layer, first, 40, slot, b.parts) for layer, first, slot in asked]:
+                    b.pool.wait(ticket)
+                for layer, first, slot in asked:
+                    for part in range(2):
+                        expected = layers[layer][first : first + 40, part].view(np.uint16)
+                        np.testing.assert_array_equal(b.rows(part)[slot : slot + 40], expected)
+
+
 @pytest.mark.parametrize(("offset", "length"), [(0, 8192), (4096, 4096 * 700), (123, 45), (4096, 5000), (0, 3_000_001)])
 def test_stretches_of_files_arrive(tmp_path: Path, neurons, offset: int, length: int) -> None:
     content = np.random.default_rng().bytes(offset + length + 10)
