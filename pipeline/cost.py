@@ -279,8 +279,10 @@ class _Walk:
             self._compute(min(neurons, 1.0) * self._slowdown * kernel)
 
     def _add_all(self, layer: int) -> None:
+        layer_bytes = self._d_ff * self._bundle_bytes
+        dense = self._kernel("dense", layer_bytes)
         if self._plan.ffn[layer] == STREAMED and self._blocks is not None:
-            for size in self._block_bytes:
-                self._take(self._blocks, size, self._kernel("block", size))
+            for size in self._block_bytes:  # the same arithmetic, so never less; what hides behind reading is hard to measure
+                self._take(self._blocks, size, max(self._kernel("block", size), dense * size / layer_bytes))
         else:
-            self._compute(self._kernel("dense", self._d_ff * self._bundle_bytes))
+            self._compute(dense)

@@ -75,8 +75,8 @@ class KernelTimes:
         return cls(tuple(zip(sizes, accumulate(seconds, max), strict=True)))
 
     @classmethod
-    def along(cls, rate: Rate, sizes: Iterable[int] = (1 << 16, 1 << 20, 1 << 24, 1 << 28)) -> "KernelTimes":
-        return cls(tuple((float(size), rate.seconds(size)) for size in sizes))
+    def along(cls, rate: Rate, most: int = 1 << 40) -> "KernelTimes":
+        return cls(tuple((float(size), rate.seconds(size)) for size in (0, most)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

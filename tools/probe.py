@@ -276,7 +276,9 @@ def _fetching(store: Store, yardstick: Any, state: Any) -> dict[str, Any]:
                     if turn and not missing:
                         seconds[count].append((elapsed - memory) * state.kernel_s[batch] / now.kernel_s[batch])
                         placing[count].append(memory * state.processor_s / now.processor_s)
-            gathers[batch] = KernelTimes.of((count * size, statistics.median(seconds[count])) for count in _HITS)
+            # A line: what is split into two calls, at whatever place, costs one call more.
+            medians = [statistics.median(seconds[count]) for count in _HITS]
+            gathers[batch] = KernelTimes.along(_line([count * size for count in _HITS], medians))
         place = _line(_HITS, [statistics.median(placing[count]) for count in _HITS])
         shares, single, processor = _missing(layer, rng, hot)
         processor *= state.processor_s / yardstick.measure().processor_s
