@@ -7,12 +7,12 @@ from it once, before any loader starts, and never move.
 import mmap
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 
 import numpy as np
 
 from ..errors import RunError
-from ..storage.large_pages import LARGE_PAGE, make_contiguous
+from ..storage.large_pages import LARGE_PAGE, advise, make_contiguous, map_aligned
 
 ALIGNMENT = 4096  # a page, and what any disk asks of a direct read's memory
 
@@ -72,18 +72,15 @@ class Slab:
         try:
             if made:
                 os.ftruncate(descriptor, num_bytes)
-            mapping = mmap.mmap(descriptor, num_bytes)
+            self._bytes = map_aligned(num_bytes, descriptor)
         except OSError as error:
             os.close(descriptor)
             raise RunError(f"shared memory: {num_bytes} bytes cannot be had: {error.strerror}") from error
         # Rows are taken from all over the slab, and the kernel pins the pages of each read: few large pages make both cheaper.
-        with suppress(OSError):  # a kernel may have none
-            for offset, length in large:
-                mapping.madvise(mmap.MADV_HUGEPAGE, offset, length)
+        for offset, length in large:
+            advise(self._bytes[offset : offset + length], mmap.MADV_HUGEPAGE)  # a kernel may have none
         for offset, length in contiguous:
-            make_contiguous(mapping, offset, length)
-        self._mapping = mapping
-        self._bytes = np.frombuffer(mapping, np.uint8)
+            make_contiguous(self._bytes[offset : offset + length])
         self.descriptor: int | None = descriptor
 
     def array(self, offset: int, shape: Sequence[int], dtype: np.dtype | type) -> np.ndarray:
@@ -97,7 +94,7 @@ class Slab:
         """Gives the memory of whole pages back to the system; they read as zeros from now on."""
         first, last = -(-offset // ALIGNMENT) * ALIGNMENT, (offset + num_bytes) // ALIGNMENT * ALIGNMENT
         if last > first:
-            self._mapping.madvise(mmap.MADV_REMOVE, first, last - first)
+            advise(self._bytes[first:last], mmap.MADV_REMOVE)
 
     def close(self) -> None:
         """Gives the descriptor back; the memory goes when the last view of it does. Idempotent."""

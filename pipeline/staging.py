@@ -14,7 +14,7 @@ _MOST_BYTES = 8 << 20  # a block of a stream; a whole layer that stays is read o
 
 def is_staged(row_bytes: int, num_bytes: int) -> bool:
     """Whether a stretch of so many bytes, in rows of this size, is read in one piece first."""
-    return row_bytes < _PAGE and num_bytes <= _MOST_BYTES
+    return row_bytes <= _PAGE and num_bytes <= _MOST_BYTES
 
 
 class Staging:
@@ -28,7 +28,7 @@ class Staging:
         for number, memory in enumerate(self._free):
             if len(memory) >= num_bytes:
                 return self._free.pop(number)
-        return np.frombuffer(contiguous_memory(num_bytes), np.uint8)
+        return contiguous_memory(num_bytes)
 
     def give_back(self, memory: np.ndarray) -> None:
         self._free.append(memory)

@@ -28,7 +28,7 @@ def read_rate(file: Path, file_bytes: int, size: int, depth: int, seconds: float
     # In order from anywhere: what was read the last time may still be in somebody's cache.
     places = (rng.integers(blocks) + np.arange(_PLANNED_READS)) % blocks if in_order else rng.integers(0, blocks, _PLANNED_READS)
     segments = np.empty(_PLANNED_READS, SEGMENT)
-    segments["address"] = np.frombuffer(memory, np.uint8).ctypes.data + size * (np.arange(_PLANNED_READS) % depth)
+    segments["address"] = memory.ctypes.data + size * (np.arange(_PLANNED_READS) % depth)
     segments["length"] = size
     plan = ReadPlan(
         offsets=places.astype(np.int64) * size,
