@@ -159,18 +159,17 @@ class _Walk:
             block = 3 * layer_bytes // 4
             self._matrix_bytes += [min(block, head_bytes - start) for start in range(0, head_bytes, block)]
         self._head_blocks = len(self._matrix_bytes) - sum(plan.streamed_attention)
-        self._matrices = self._stream(self._matrix_bytes, 2)
+        self._matrices = self._stream(self._matrix_bytes, 2, self._device.state.stream_bytes_per_s)  # to where they are used
         streamed = len(plan.layers(STREAMED))
         self._block_bytes = [
             min(self._rows, self._d_ff - first) * self._bundle_bytes for first in range(0, self._d_ff, self._rows)
         ]
-        self._blocks = self._stream(self._block_bytes * streamed, STREAM_BUFFERS)
+        self._blocks = self._stream(self._block_bytes * streamed, STREAM_BUFFERS, self._device.stream_bytes_per_s)
 
-    def _stream(self, sizes: Sequence[int], num_buffers: int) -> _Stream | None:
+    def _stream(self, sizes: Sequence[int], num_buffers: int, bytes_per_s: float) -> _Stream | None:
         if not sizes:
             return None
-        device = self._device
-        return _Stream(self._disk, [device.request_s / 4 + size / device.stream_bytes_per_s for size in sizes], num_buffers)
+        return _Stream(self._disk, [self._device.request_s / 4 + size / bytes_per_s for size in sizes], num_buffers)
 
     def totals(self) -> tuple[float, ...]:
         return (

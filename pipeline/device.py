@@ -130,7 +130,7 @@ class Device:
       machine: what they were measured on, see `machine_of`; empty where they are assumed.
       cores: processors that this process may use.
       read_curve: the disk's.
-      stream_bytes_per_s: of a file read in order by a loader.
+      stream_bytes_per_s: of neurons that a loader reads in order, rows apart; matrices come at the state's.
       dram_bytes_per_s: by number of threads that read.
       kernels: for each of KERNELS what it takes, by number of sequences.
       placing: of the neuron cache: `fixed_s` a call, and "bytes" are neurons.

@@ -110,7 +110,10 @@ def cost(device: Device, **options: Any):
 
 def test_what_is_streamed_takes_the_disk_s_time_or_the_kernels() -> None:
     device = assumed_device()
-    slow, fast = (cost(replace(device, stream_bytes_per_s=rate), ffn="naive") for rate in (1e7, 1e12))
+    slow, fast = (
+        cost(replace(device, state=replace(device.state, stream_bytes_per_s=rate), stream_bytes_per_s=rate), ffn="naive")
+        for rate in (1e7, 1e12)
+    )
     assert slow.total_ms == pytest.approx(slow.read_bytes / 1e7 * 1e3, rel=0.05)
     assert slow.read_bytes == pytest.approx(store().num_bytes - 2048 * 1024 * 2, rel=0.01)  # all but positions and vectors
     assert fast.io_wait_ms < 0.05 * fast.total_ms
