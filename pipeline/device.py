@@ -176,7 +176,7 @@ class Device:
         if reads <= 0:
             return 0.0
         under_way = max(1.0, min(reads, depth))
-        possible = min(self.rate_at(size, under_way), loaders * size / self.read_cpu_s)
+        possible = min(self.rate_at(size, under_way), loaders * size / max(self.read_cpu_s, 1e-9))
         in_flight = reads * size / (self.loader_share * possible)
         return self.request_s + max(size / self.rate_at(size, 1), in_flight)
 
