@@ -340,7 +340,7 @@ def _kernels(yardstick: Any) -> tuple[dict[str, Any], Any]:
 
     names = {"attention": "attention", "head": "head", "predictor": "predictor", "two predictors": "predictor and look-ahead"}
     names |= {"dense": "dense_ffn"}
-    one = dict.fromkeys(BATCHES, 1.0)  # looking at the pace would push the small ones out of the caches
+    one: dict[int, float] = dict.fromkeys(BATCHES, 1.0)  # looking at the pace would push the small ones out of the caches
     small, _ = kernel_seconds(WIDTHS[:1], BATCHES, tuple(names.values()), _KERNEL_S, lambda: one)
     large, pace = kernel_seconds(WIDTHS[1:], BATCHES, tuple(names.values()), _KERNEL_S, yardstick.kernels)
     found: dict[str, dict[int, Any]] = {name: {} for name in names}
