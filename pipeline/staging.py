@@ -1,6 +1,6 @@
-"""Memory beside the slab for stretches of neurons whose rows are smaller than a page.
+"""Memory beside the slab for stretches of neurons whose rows are a page or less.
 
-A disk's queue takes about as long for a piece of half a KiB as for one of four, and a stretch that is scattered into rows is as many pieces
+A virtual disk takes about as long for a piece of half a KiB as for one of four, and a stretch that is scattered into rows is as many pieces
 as it has rows. So it is read in one piece, and the processor puts the rows where they belong.
 """
 
@@ -9,7 +9,7 @@ import numpy as np
 from ..storage.large_pages import contiguous_memory
 
 _PAGE = 4096
-_MOST_BYTES = 8 << 20  # a block of a stream; a whole layer that stays is read once, and slowly does
+_MOST_BYTES = 8 << 20  # a block of a stream; a layer that stays in memory is read only once
 
 
 def is_staged(row_bytes: int, num_bytes: int) -> bool:
