@@ -250,6 +250,7 @@ class CachedFeedForward:
         """Seconds that a neuron takes to compute with from its slot for tiles of this shape, all of which name it, nothing read."""
         assert tile.predicted is not None
         layer, slots = next(iter(self.slots.items()))
+        slots = min(slots, self._gather_sizes[-1])  # the layer may have been given more than kernels are compiled for
         some, all_named = np.arange(slots, dtype=np.int32), replace(tile, predicted=jnp.ones_like(tile.predicted))
         return shortest_s(lambda: self._gather(layer, some, some, tile.residual, all_named)) / slots
 

@@ -20,8 +20,11 @@ def doublings(smallest: int, most: int) -> list[int]:
 
 
 def fitting(count: int, sizes: list[int] | tuple[int, ...]) -> int:
-    """The first of ascending sizes that holds `count`."""
-    return next(size for size in sizes if size >= count)
+    """The first of ascending sizes that holds `count`. Raises ValueError where none does."""
+    for size in sizes:
+        if size >= count:
+            return size
+    raise ValueError(f"{count} of something: kernels are compiled for {sizes[-1]} at most")
 
 
 def capacity_for(length: int) -> int:

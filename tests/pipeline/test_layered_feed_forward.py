@@ -77,6 +77,16 @@ def test_the_way_may_change_from_step_to_step(
         assert (engine.times.sparse_layers, engine.times.dense_layers) == (20, 28)
 
 
+def test_a_layer_may_have_got_more_slots_than_any_had(store: Store, sparse: tuple[list[np.ndarray], Engine]) -> None:
+    """The rates that a choice begins with are timed with the slots of the first layer."""
+    with open_engine(store) as engine:
+        assert engine.neurons.cached is not None
+        engine.neurons.cached.resize({0: 400, 1: 112})
+        engine.prepare(NUM_SEQS, 64)
+        for found, expected in zip(teacher_forced(engine, TEXTS, [8] * NUM_SEQS), sparse[0], strict=True):
+            np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
+
+
 def test_one_sequence_and_other_policies_have_no_choice(store: Store) -> None:
     with open_engine(store) as engine:
         engine.prepare(1, 64)
