@@ -64,7 +64,9 @@ def attend_decode(
     shares = jax.nn.softmax(jnp.where(visible, scores, _FAR_BELOW), axis=-1)
     half = looked_at // 2 if looked_at % 2 == 0 else looked_at
     starts = range(0, looked_at, half)
-    mixed = mix([shares[:, :, i : i + half] for i in starts], [_rows(values, tables, i, i + half) for i in starts])
+    # A share of zero does not keep out NaN: beyond a sequence's length may be somebody else's.
+    rows = [jnp.where(visible[:, :, i : i + half, None], _rows(values, tables, i, i + half), 0.0) for i in starts]
+    mixed = mix([shares[:, :, i : i + half] for i in starts], rows)
     return sum(mixed[1:], mixed[0]).swapaxes(0, 1).reshape(batch, num_heads * head_dim)
 
 
@@ -120,7 +122,7 @@ def _attend_piece(
     blocks_together = max(1, _LOOKED_AT // size)
     together = blocks_together * size
     table = jnp.pad(table, (0, -len(table) % blocks_together))
-    last_seen = (start + jnp.arange(num_queries))[None, :, None]
+    last_seen = (start + jnp.minimum(jnp.arange(num_queries), count - 1))[None, :, None]
 
     def look(turn: jax.Array, before: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
         top, total, mixed = before
@@ -129,6 +131,8 @@ def _attend_piece(
             cache.at[:, blocks].get(mode="clip").reshape(num_heads, together, head_dim) for cache in (keys, values)
         )
         positions = (turn * together + jnp.arange(together))[None, None]
+        # A share of zero does not keep out NaN, and behind the piece's positions are somebody else's, or what was there before.
+        own_values = jnp.where(positions.swapaxes(1, 2) < start + count, own_values, 0.0)
         scores = jnp.where(positions <= last_seen, jnp.einsum("hqd,hpd->hqp", query, own_keys), _FAR_BELOW)
         higher = jnp.maximum(top, jnp.max(scores, axis=-1))
         shares, kept = jnp.exp(scores - higher[..., None]), jnp.exp(top - higher)

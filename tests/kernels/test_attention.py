@@ -19,6 +19,17 @@ def rng() -> np.random.Generator:
     return np.random.default_rng()
 
 
+def spoil_unseen(keys: np.ndarray, values: np.ndarray, tables: np.ndarray, lengths: np.ndarray) -> None:
+    """All that is in no sequence's length becomes NaN, blocks of nobody included, and tables say N for blocks that they do not need."""
+    num_blocks, size = keys.shape[1:3]
+    seen = np.zeros((num_blocks, size), bool)
+    for table, length in zip(tables, lengths, strict=True):
+        for position in range(length):
+            seen[table[position // size], position % size] = True
+        table[-(-length // size) :] = num_blocks
+    keys[:, ~seen] = values[:, ~seen] = np.nan
+
+
 def normal(rng: np.random.Generator, *shape: int) -> np.ndarray:
     return rng.standard_normal(shape).astype(np.float32)
 
@@ -33,6 +44,7 @@ def test_decode_agrees_with_reference(rng, shape):
     )
     lengths = rng.integers(1, capacity + 1, batch, dtype=np.int32)
     expected = reference.attend_decode(query, keys, values, tables, lengths)
+    spoil_unseen(keys, values, tables, lengths)
     found = jit(attention.attend_decode)(query, keys, values, tables, lengths)
     np.testing.assert_allclose(np.asarray(found), expected, atol=TOLERANCE)
 
@@ -86,7 +98,7 @@ def attend_chunk():
 
 @pytest.mark.parametrize("num_tokens", [64, 256])
 def test_any_mix_of_prompts_agrees_with_reference(rng, attend_chunk, num_tokens):
-    """Of lengths and beginnings of all kinds, two of them with blocks in common; what is not theirs to see is beyond all bounds."""
+    """Of lengths and beginnings of all kinds, two of them with blocks in common; what nobody is to see is NaN."""
     for _ in range(3):
         tables, num_blocks = random_tables(rng, 5, 160, 32)
         tables[1, :2] = tables[0, :2]
@@ -100,8 +112,12 @@ def test_any_mix_of_prompts_agrees_with_reference(rng, attend_chunk, num_tokens)
             left -= length
         sequences, positions, pieces, num_pieces = in_pieces(stretches, num_tokens)
         count = num_tokens - left
-        found = np.asarray(attend_chunk(query, keys, values, tables, pieces, np.int32(num_pieces)))
         expected = reference.attend_decode(query[:count], keys, values, tables[sequences[:count]], positions[:count] + 1)
+        lengths = np.zeros(5, np.int32)
+        for sequence, start, length in stretches:
+            lengths[sequence] = start + length
+        spoil_unseen(keys, values, tables, lengths)
+        found = np.asarray(attend_chunk(query, keys, values, tables, pieces, np.int32(num_pieces)))
         np.testing.assert_allclose(found[:count], expected, atol=TOLERANCE)
         assert np.isfinite(found).all()
 
