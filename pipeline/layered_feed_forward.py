@@ -150,6 +150,7 @@ class LayeredFeedForward:
     def _choose(self, cached: CachedFeedForward, streamed: StreamedFeedForward, tile: Tile) -> None:
         """Gets ready for both ways, where there is a choice: rates begin as this machine's and these kernels' are."""
         self.choice = None
+        self._stream_dense(frozenset(), again=True)  # not what the last choice streamed
         if self._path == "sparse" or (self._path == "auto" and len(tile.active) == 1):
             return
         streamed.warm_up(tile)
@@ -162,8 +163,8 @@ class LayeredFeedForward:
                 streamed_s=max(streamed.row_s(tile), size / device.stream_bytes_per_s),
             )
             self.choice = PathChoice(self._plan.layers(CACHED), self._store.config.d_ff, rates)
-        dense = frozenset(self._plan.layers(CACHED)) if self._path == "dense" else frozenset()
-        self._stream_dense(dense, again=True)
+        else:
+            self._stream_dense(frozenset(self._plan.layers(CACHED)), again=True)
 
     def warm_up_prompt(self, tile: Tile, *, streamed: bool = True) -> None:
         """Compiles what prompts in chunks of this shape need."""

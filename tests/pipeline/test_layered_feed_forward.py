@@ -1,6 +1,7 @@
 """Predicted neurons by slot or all of them in order: the same sums, for every sequence, whoever shares the batch."""
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,8 +12,10 @@ from synthetic_stores import synthetic_store
 from tiny_models import BUFFERED
 
 from inflash.pipeline.engine import Engine
+from inflash.pipeline.feed_forward import STREAM_BUFFERS
 from inflash.pipeline.options import EngineOptions
 from inflash.pipeline.path_choice import PathChoice
+from inflash.pipeline.plan import CACHED, STREAMED, plan_from_options
 from inflash.storage.store import Store
 
 pytestmark = pytest.mark.filterwarnings(BUFFERED)
@@ -85,6 +88,24 @@ def test_a_layer_may_have_got_more_slots_than_any_had(store: Store, sparse: tupl
         engine.prepare(NUM_SEQS, 64)
         for found, expected in zip(teacher_forced(engine, TEXTS, [8] * NUM_SEQS), sparse[0], strict=True):
             np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
+
+
+def test_what_a_choice_streamed_is_forgotten_with_it(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One sequence after two: a step reads the streamed layer, and not the cached one, which the two read in order."""
+    monkeypatch.setattr(PathChoice, "next_step", lambda choice: setattr(choice, "dense", frozenset({0})))
+    options = EngineOptions(loaders=1, cache_neurons=0.25, compute_dtype="float32")
+    plan = replace(plan_from_options(store, options), ffn=(CACHED, STREAMED), slots=(256, 0), prefetch=None)
+    with Engine(store, options, plan=plan) as engine:
+        engine.prepare(2, 64)
+        teacher_forced(engine, [text[:10] for text in TEXTS[:2]], [8, 8])
+        assert engine.times.dense_layers == 1
+        engine.prepare(1, 64)
+        teacher_forced(engine, [TEXTS[0][:10]], [8])
+        asked, missed = engine.pool.bytes_requested, engine.times.misses
+        for position in range(10, 26):
+            engine.decode(TEXTS[0][position : position + 1], np.array([position], np.int32), np.ones(1, bool))
+        streamed = engine.pool.bytes_requested - asked - (engine.times.misses - missed) * store.bundles.bundle_bytes
+        assert streamed <= (16 + STREAM_BUFFERS) * store.bundles.layer_bytes
 
 
 def test_one_sequence_and_other_policies_have_no_choice(store: Store) -> None:
