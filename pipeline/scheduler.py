@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import jax
 import numpy as np
 
+from ..errors import InflashError
 from .engine import Engine
 from .outputs import RequestOutput
 from .prompt_passes import PromptPart, PromptPasses
@@ -42,6 +43,9 @@ class Scheduler:
           size: what the engine is to be made ready for; None: found by taking all requests at once.
           ready: whether another request may be begun now. When nothing is running the next one is taken without asking, and `requests`
             may wait.
+
+        Raises:
+          InflashError: a request is longer than `size` said that any would be, and the KV cache has no room for it.
         """
         progress: dict[int, RequestProgress] = {}
         if size is None:
@@ -91,7 +95,16 @@ class Scheduler:
                 return
             if request.number not in progress:
                 progress[request.number] = self._begin(request)
+            self._check_room(request, progress[request.number].continuations[0].most_tokens)
             waiting.extend(progress[request.number].continuations)
+
+    def _check_room(self, request: Request, most_tokens: int) -> None:
+        """What does not even fit alone would wait for ever."""
+        needed, cache = len(request.prompt_token_ids) + most_tokens, self._engine.kv_cache
+        if needed > (room := min(cache.capacity, cache.num_positions)):
+            raise InflashError(
+                f"request {request.request_id}: needs {needed} positions of the KV cache, found {room}; give `size` its length, too"
+            )
 
     def _begin(self, request: Request) -> RequestProgress:
         return RequestProgress(request, max_length=self._max_length, end_ids=self._end_ids, token_bytes=self._token_bytes)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from tiny_models import BUFFERED, DIRECT, fresh_seed, make_store, model_config
 
 from inflash import LLM, SamplingParams
+from inflash.errors import InflashError
 from inflash.kernels.decoder_layer import LayerShape
 from inflash.pipeline.block_pool import BLOCK_SIZE
 from inflash.pipeline.chunks import num_tokens
@@ -19,6 +20,7 @@ from inflash.pipeline.engine import Engine
 from inflash.pipeline.kv_cache import KVCache
 from inflash.pipeline.prompt_passes import PromptPasses
 from inflash.pipeline.requests import Continuation, Request, RequestProgress
+from inflash.pipeline.run_size import RunSize
 
 pytestmark = pytest.mark.filterwarnings(BUFFERED)
 
@@ -117,6 +119,16 @@ def test_decoding_goes_on_between_the_passes_of_a_long_prompt(llm: LLM, monkeypa
     assert events[6:8] == [("pass", 20), ("step", 2)]
     assert [count for kind, count in events[8:] if kind == "pass"] == [64, 40]
     assert sum(count for kind, count in events if kind == "step") == 6 + 3 + 5
+
+
+def test_a_request_longer_than_the_size_says_is_told(llm: LLM) -> None:
+    """It would wait for blocks for ever, or have more than its table has room for."""
+    params = [SamplingParams(max_tokens=count, temperature=0.0, ignore_eos=True) for count in (40, 95)]
+    short, long = (llm.make_request(f"of {one.max_tokens}", [9] * 5, one, number) for number, one in enumerate(params))
+    for together in (1, 2):
+        outputs = llm.stream([long], size=RunSize.of([short] * together))
+        with pytest.raises(InflashError, match="request of 95: needs 100 positions of the KV cache, found 64; give `size`"):
+            next(outputs)
 
 
 def test_the_logits_of_a_long_text_come_in_passes(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
