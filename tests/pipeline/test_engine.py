@@ -18,7 +18,7 @@ from opt_reference import canonical_tensors, forward
 from tiny_models import BUFFERED, DIRECT, flip_byte, make_store
 
 from inflash.errors import InflashError, RunError
-from inflash.pipeline import host_memory, plan
+from inflash.pipeline import host_memory, memory_parts, plan
 from inflash.pipeline.engine import Engine
 from inflash.pipeline.options import EngineOptions
 from inflash.storage import resident
@@ -273,6 +273,18 @@ def test_a_kv_cache_that_does_not_fit_is_refused_and_the_engine_stays_usable(sto
         engine.prepare(2, 64)
         found, _ = teacher_forced(engine, [text[:8], text[:6]], [4, 4])
         np.testing.assert_allclose(found, reference(text[:8])[3:], rtol=0, atol=TOLERANCE)
+
+
+def test_a_kv_cache_that_memory_has_made_smaller_serves_equal_runs(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory_parts, "available_bytes", lambda: memory_parts.kv_cache_bytes(store, 128))
+    with open_engine(store, ffn="resident") as engine:
+        started_over = list[int]()
+        monkeypatch.setattr(engine, "_warm_up", lambda: started_over.append(engine.kv_cache.num_positions))
+        for num_positions in (256, 256, 100):
+            engine.prepare(4, 64, num_positions)
+        assert started_over == [128]
+        engine.prepare(4, 64)  # room for all at their longest, which is not to be had by halves
+        assert started_over == [128, 256]
 
 
 def test_longer_than_the_models_positions_is_refused(store: Store) -> None:
