@@ -104,10 +104,13 @@ class StreamedFeedForward:
         for buffer in self._buffers:
             buffer.bind(slab)
 
+        # Not `self`, which holds the stream: only a garbage collection would end that ring, and the slab's memory with it.
+        offsets, length = [rows.offsets for rows in self._buffers], self._length
+        counts = [self._count(block) for block in range(self._blocks)]
+
         def load(item: int, buffer: int):
-            layer, block = divmod(item, self._blocks)
-            offsets = self._buffers[buffer].offsets
-            return [pool.read_range(layer, block * self._length, self._count(block), 0, offsets)]
+            layer, block = divmod(item, len(counts))
+            return [pool.read_range(layer, block * length, counts[block], 0, offsets[buffer])]
 
         cyclic = self._of_steps is self._of_prompts
         self._stream = BlockStream(pool, load, items=self._of_prompts, num_buffers=STREAM_BUFFERS, cyclic=cyclic)

@@ -118,12 +118,11 @@ class StreamedMatrices(ResidentMatrices):
         head_shape = (self._head_rows, self._store.config.embed_dim)
         self._head_buffers = [alias(slab.array(region["qkv"], head_shape, self._dtype)) for region in self._regions]
 
+        files, regions, ranges = self.files, self._regions, self._ranges  # not `self`, which holds the stream, see `feed_forward`
+
         def load(item: int, buffer: int):
-            region = self._regions[buffer]
-            return [
-                pool.read_bytes(self.files.index(r.file), r.offset, r.length, region[name] + r.target)
-                for name, r in self._ranges[item]
-            ]
+            region = regions[buffer]
+            return [pool.read_bytes(files.index(r.file), r.offset, r.length, region[name] + r.target) for name, r in ranges[item]]
 
         self._stream = BlockStream(pool, load, items=range(len(self._ranges)), num_buffers=2, cyclic=True)
         self._taken = 0

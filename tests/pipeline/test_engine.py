@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 import zarr
@@ -366,6 +367,28 @@ def test_closing_twice_leaves_nothing(store: Store) -> None:
     engine.close()
     engine.close()
     assert not any(Path(f"/proc/{process}").exists() for process in processes)
+
+
+def mapped_slabs() -> list[str]:
+    return [line for line in Path("/proc/self/maps").read_text().splitlines() if "inflash-slab" in line]
+
+
+@pytest.mark.parametrize("options", [{"ffn": "sparse", "cache_neurons": 40}, {"ffn": "naive"}], ids=["sparse", "naive"])
+def test_the_slab_goes_with_its_engine(store: Store, text: np.ndarray, options: dict[str, Any]) -> None:
+    """At once, not with the next garbage collection: the engine that comes after it is planned for that memory."""
+    gc.collect()
+    before = mapped_slabs()
+    gc.disable()
+    try:
+        with open_engine(store, **options) as engine:
+            engine.prepare(2, 64)
+            teacher_forced(engine, [text[:6], text[:5]], [3, 4])
+            assert len(mapped_slabs()) > len(before)
+        del engine
+        jax.device_put(np.zeros(1))  # jax lets go of what it was lent when it is called the next time, as any engine does
+        assert mapped_slabs() == before
+    finally:
+        gc.enable()
 
 
 def test_memory_is_named_by_its_purpose(running: Engine, store: Store) -> None:
