@@ -30,6 +30,7 @@ _TIMES = tuple(field.name for field in fields(StepTimes))
 _values_of = attrgetter(*_TIMES)
 _numbers = struct.Struct(f"<{len(_TIMES)}q")
 _sequence = struct.Struct("<q")
+_WRITING_S = 0.1  # writing a page takes microseconds: who takes longer was ended meanwhile
 _ABOUT_AT, _ABOUT_BYTES = 1024, _PAGE - 1024
 
 
@@ -137,12 +138,19 @@ class LiveReader:
             raise InflashError(f"process {pid}: its engine has just ended; {_others()}") from error
 
     def read(self) -> LiveCounters:
-        """The counters of now."""
+        """The counters of now.
+
+        Raises:
+          InflashError: the engine was ended while it wrote them.
+        """
+        deadline = time.monotonic() + _WRITING_S
         while True:
             before = _sequence.unpack_from(self._page, 0)[0]
             values = _numbers.unpack_from(self._page, 8)
             if before % 2 == 0 and _sequence.unpack_from(self._page, 0)[0] == before:
                 break
+            if time.monotonic() > deadline:
+                raise InflashError(f"process {self.pid}: its engine has just ended; {_others()}")
             time.sleep(0.0001)
         loaders = {pid: _by_name(counters) for pid, counters in self._counters.items()}
         times = StepTimes(**dict(zip(_TIMES, values, strict=True)))

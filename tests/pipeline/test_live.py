@@ -54,6 +54,22 @@ def test_a_store_with_a_long_name_is_left_out() -> None:
         page.close()
 
 
+def test_an_engine_that_was_ended_while_it_wrote() -> None:
+    """Its number stays odd for ever."""
+    slab = os.memfd_create("inflash-slab")
+    page = LivePage({}, slab, [])
+    try:
+        os.ftruncate(slab, 4096)
+        reader = LiveReader(os.getpid())
+        assert reader.read().times == StepTimes()
+        page._page[0] = 7
+        with pytest.raises(InflashError, match=f"process {os.getpid()}: its engine has just ended"):
+            reader.read()
+    finally:
+        page.close()
+        os.close(slab)
+
+
 def test_a_process_that_is_not_there() -> None:
     process = subprocess.Popen([sys.executable, "-c", ""])
     process.wait()
