@@ -3,6 +3,7 @@
 Axes: n neurons asked for.
 """
 
+import contextlib
 import os
 import pickle
 import select
@@ -220,45 +221,35 @@ class LoaderPool:
         self.close()
 
     def _start(self, store: Store, slab: Slab, region: ChannelRegion, how: dict[str, Any]) -> _Peer:
+        """A loader; what it was to be given is closed again should it not start."""
         assert slab.descriptor is not None
-        writer = self._trace.writer_for(len(self._peers))
-        wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        lifeline_read, lifeline_write = os.pipe()
-        errors_read, errors_write = os.pipe()
-        config = LoaderConfig(
-            store=str(store.path.absolute()),
-            d_model=store.config.d_model,
-            num_parts=store.bundles.num_parts,
-            item_bytes=store.bundles.row_bytes // store.config.d_model,
-            slab_bytes=slab.num_bytes,
-            slab_large=tuple(slab.large),
-            slab_descriptor=slab.descriptor,
-            wake_descriptor=wake,
-            done_descriptor=self._done,
-            lifeline_descriptor=lifeline_read,
-            error_descriptor=errors_write,
-            trace_descriptor=self._trace.descriptor if writer >= 0 else None,
-            trace_writer=writer,
-            region=region,
-            **how,
-        )
-        inherited = (slab.descriptor, wake, self._done, lifeline_read, errors_write)
-        if config.trace_descriptor is not None:
-            inherited = (*inherited, config.trace_descriptor)
-        try:
-            # A new interpreter rather than multiprocessing's: users' scripts need no `if __name__ == "__main__"`.
-            process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "inflash.pipeline.loader", config.to_json()],
-                pass_fds=inherited,
-                stdin=subprocess.DEVNULL,
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+        channel, writer = Channel(slab, region), self._trace.writer_for(len(self._peers))
+        with contextlib.ExitStack() as ours, contextlib.ExitStack() as theirs:
+            wake = _closed_with(ours, os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC))
+            lifeline_read, lifeline_write = map(_closed_with, (theirs, ours), os.pipe())
+            errors_read, errors_write = map(_closed_with, (ours, theirs), os.pipe())
+            config = LoaderConfig(
+                store=str(store.path.absolute()),
+                d_model=store.config.d_model,
+                num_parts=store.bundles.num_parts,
+                item_bytes=store.bundles.row_bytes // store.config.d_model,
+                slab_bytes=slab.num_bytes,
+                slab_large=tuple(slab.large),
+                slab_descriptor=slab.descriptor,
+                wake_descriptor=wake,
+                done_descriptor=self._done,
+                lifeline_descriptor=lifeline_read,
+                error_descriptor=errors_write,
+                trace_descriptor=self._trace.descriptor if writer >= 0 else None,
+                trace_writer=writer,
+                region=region,
+                **how,
             )
-        finally:
-            os.close(lifeline_read)
-            os.close(errors_write)
+            process = _spawn(config)
+            ours.pop_all()
         return _Peer(
             process=process,
-            channel=Channel(slab, region),
+            channel=channel,
             wake=wake,
             errors=errors_read,
             lifeline=lifeline_write,
@@ -309,3 +300,21 @@ class LoaderPool:
         error, text = pickle.loads(message)  # from our own child, over a private pipe
         error.add_note(f"in loader process {peer.process.pid}:\n{text}")
         raise error
+
+
+def _closed_with(stack: contextlib.ExitStack, descriptor: int) -> int:
+    stack.callback(os.close, descriptor)
+    return descriptor
+
+
+def _spawn(config: LoaderConfig) -> subprocess.Popen:
+    """A loader's process, with the descriptors that its settings name."""
+    named = (config.slab_descriptor, config.wake_descriptor, config.done_descriptor, config.lifeline_descriptor)
+    inherited = (*named, config.error_descriptor, *(() if config.trace_descriptor is None else (config.trace_descriptor,)))
+    # A new interpreter rather than multiprocessing's: users' scripts need no `if __name__ == "__main__"`.
+    return subprocess.Popen(
+        [sys.executable, "-P", "-m", "inflash.pipeline.loader", config.to_json()],
+        pass_fds=inherited,
+        stdin=subprocess.DEVNULL,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+    )

@@ -16,6 +16,9 @@ from tiny_models import flip_byte, write_neurons
 
 from inflash.errors import InflashError, RunError
 from inflash.pipeline.channel import RING_LENGTH
+from inflash.pipeline.loader_pool import LoaderPool
+from inflash.pipeline.slab import Slab, SlabPlan
+from inflash.pipeline.staging import is_staged
 from inflash.storage.layout import bundles_path
 from inflash.storage.store import Store
 
@@ -65,8 +68,9 @@ def test_ranges_arrive_in_order(neurons: tuple[Store, list[np.ndarray]]) -> None
 
 def test_ranges_of_rows_of_any_size(tmp_path: Path) -> None:
     """Small rows are read in one piece first; several stretches are under way at a time, again and again."""
-    for d_model in (96, 2048):
+    for d_model, staged in ((96, True), (2048, True), (2560, False)):  # rows of 192, 4096 and 5120 bytes
         store, layers = write_neurons(tmp_path / str(d_model), dtype="bfloat16", d_model=d_model, d_ff=80)
+        assert is_staged(store.bundles.row_bytes, 40 * store.bundles.bundle_bytes) is staged
         with bench(store, loaders=1, depth=8) as b:
             for turn in range(3):
                 asked = [
@@ -190,6 +194,17 @@ def test_a_loader_that_cannot_start_is_told(neurons, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with bench(neurons[0]) as b, pytest.raises(RunError, match=r"ended unexpectedly \(exit code 1\)"):
         b.scatter(0, [0], [0])
+
+
+def test_a_loader_that_cannot_even_be_made_leaves_nothing(neurons, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = SlabPlan()
+    regions, slab = LoaderPool.reserve(plan, 2, 500), Slab(plan.num_bytes)
+    descriptors = sorted(os.listdir("/proc/self/fd"))
+    monkeypatch.setattr(sys, "executable", "/no/such/interpreter")
+    with pytest.raises(FileNotFoundError, match="/no/such/interpreter"):
+        LoaderPool(neurons[0], slab, regions, depth=2)
+    assert sorted(os.listdir("/proc/self/fd")) == descriptors
+    slab.close()
 
 
 def test_errors_arrive_with_their_type_and_the_loaders_traceback(tmp_path: Path) -> None:
