@@ -1,7 +1,7 @@
 """One row of `inflash bench ablation`, in a process of its own: python -m inflash.tools.ablation_row CONFIG.
 
-Reads its settings from the argument, prints a line of JSON for every token and one at the end. A real run of the same engine as ever,
-fed with random tokens, because what a model would say next depends on the row's own rounding.
+Reads its settings from the file that the argument names, prints a line of JSON for every token and one at the end. A real run of the same
+engine as ever, fed with random tokens, because what a model would say next depends on the row's own rounding.
 """
 
 import json
@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import InflashError
 from ..pipeline import native_library
 from ..pipeline.engine import Engine
 from ..pipeline.options import EngineOptions
 from ..storage.store import open_store
+from .row_result import tell_result, tell_step
 
 _MEMORY_EVERY = 50  # tokens between two looks at the processes' memory, which take time themselves
 _DRIFT_TOKENS = 50  # compared at the beginning and at the end
@@ -58,25 +58,27 @@ def measure(config: RowConfig) -> dict[str, Any]:
     with Engine(store, options, split_rows=split_rows) as engine:
         engine.prepare(1, config.length)
         engine.process_prompts([(0, token_ids[: config.prompt_tokens])])
-        tokens = []
+        tokens, counters = [], engine.pool.counters()
         for position in range(config.prompt_tokens, config.length):
-            tokens.append(_decode(engine, token_ids, position))
+            tokens.append(_decode(engine, token_ids, position, counters))
             counted = position - config.prompt_tokens - config.warm_up
             if counted >= 0 and counted % _MEMORY_EVERY == 0:
                 tokens[-1]["dram_bytes"] = held_bytes(engine)
-            _tell({"token": position})
+            tell_step(position)
         summary = _summary(tokens[config.warm_up :], held_bytes(engine), options.loaders, store.bundles.bundle_bytes)
         return {**summary, "kernels": "native" if native_library.choose() else "xla"}
 
 
-def _decode(engine: Engine, token_ids: np.ndarray, position: int) -> dict[str, float]:
-    """One token, and what it took."""
-    times, counters = engine.times.copy(), engine.pool.counters()
+def _decode(engine: Engine, token_ids: np.ndarray, position: int, counters: dict[str, int]) -> dict[str, float]:
+    """One token, and what it took since the last one's `counters` of the loaders, which are brought up to now: reads end in between."""
+    times = engine.times.copy()
     began = time.perf_counter_ns()
     engine.decode(token_ids[position : position + 1], np.array([position], np.int32), np.ones(1, bool))
     total_ns = time.perf_counter_ns() - began
     spent = {name: getattr(engine.times, name) - getattr(times, name) for name in ("io_wait_ns", "memory_ns", "hits", "misses")}
-    spent |= {name: value - counters[name] for name, value in engine.pool.counters().items()}
+    after = engine.pool.counters()
+    spent |= {name: value - counters[name] for name, value in after.items()}
+    counters.update(after)
     prefetched = engine.times.prefetched - times.prefetched
     return {**spent, "prefetched": prefetched, "total_ns": total_ns}
 
@@ -133,21 +135,8 @@ def held_bytes(engine: Engine) -> int:
     return total
 
 
-def _tell(document: dict[str, Any]) -> None:
-    print(json.dumps(document), flush=True)
-
-
 def main() -> int:
-    try:
-        result = measure(RowConfig(**json.loads(sys.argv[1])))
-    except InflashError as error:
-        _tell({"error": str(error)})
-        return 1
-    except Exception as error:  # the command says it in one sentence
-        _tell({"error": f"{type(error).__name__}: {error}"})
-        return 1
-    _tell({"result": result})
-    return 0
+    return tell_result(lambda: measure(RowConfig(**json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """One run of `inflash bench batch`, in a process of its own: python -m inflash.tools.batch_row CONFIG.
 
-Reads its settings from the file named and prints one line of JSON: what requests took together, from the first prompt to the last token.
+Reads its settings from the file named and prints lines of JSON: one after every step, and last what requests took together, from the first
+prompt to the last token.
 """
 
 import json
@@ -16,7 +17,7 @@ from ..pipeline.plan import CACHED
 from ..pipeline.run_size import RunSize
 from ..pipeline.sampling_params import SamplingParams
 from .ablation_row import held_bytes
-from .row_result import tell_result
+from .row_result import tell_result, tell_step
 
 _WARM_UP_PROMPT, _WARM_UP_TOKENS = 16, 3
 
@@ -76,7 +77,7 @@ def measure(config: RowConfig) -> dict[str, Any]:
 def _run(llm: LLM, prompts: list[list[int]], params: list[SamplingParams], size: RunSize) -> int:
     """Runs requests; returns how many tokens they made."""
     requests = [llm.make_request(str(row), prompt, params[row], row) for row, prompt in enumerate(prompts)]
-    return sum(len(output.outputs[0].token_ids) for output in llm.stream(requests, size=size))
+    return sum(len(output.outputs[0].token_ids) for output in llm.stream(requests, tell_step, size=size))
 
 
 def main() -> int:

@@ -8,7 +8,6 @@ import argparse
 import contextlib
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +18,7 @@ from ..storage.split_rows import split_rows
 from ..storage.store import Store, open_store
 from .memory_group import MemoryGroup, NoCgroup, memory_group
 from .progress import bytes_bar, progress_bar
+from .row_process import running_row
 from .table import table
 
 ROWS = ("naive", "hybrid", "predictor", "window", "bundles", "overlap", "lookahead", "resident")
@@ -33,7 +33,6 @@ WHAT = {
     "resident": "dense, the whole model in memory",
 }
 _UNBUNDLED = ("predictor", "window")
-_KILLED = (-9, 137)
 _STREAMED_WARM_UP = 2  # nothing is cached there
 _HEADROOM = 0.02  # of the limit, for what no account has: page tables, buffers of the kernel
 _ALLOCATOR_BYTES = 64 << 20  # what malloc kept beyond the program's account with OPT-1.3B's shape, which the kernel ended for it
@@ -126,22 +125,13 @@ def _split_copy(stack: contextlib.ExitStack, store: Store, arguments: argparse.N
 
 def _run_row(name: str, config: dict[str, Any], limit: int, progress) -> dict[str, Any]:
     """Runs a row; one that cannot run, like `resident` on a small machine, says why."""
-    command = [sys.executable, "-m", "inflash.tools.ablation_row", json.dumps(config)]
-    with _limited(None if name == "resident" else limit) as group:
-        for document in _documents(name, group.wrap(command) if group else command):
-            if "error" in document:
-                if name == "resident":
-                    return {"skipped": document["error"]}
-                raise RunError(f"row {name}: {document['error']}")
-            if "result" in document:
-                peak = group.peak_bytes() if group else None
-                return {**document["result"], "limited": group is not None, "peak_bytes": peak, "options": config["options"]}
-            if "ended" in document:
-                code = document["ended"]
-                why = "killed, likely for memory; try a larger --memory-limit" if code in _KILLED else f"exit code {code}"
-                raise RunError(f"row {name}: the run ended without a result ({why}), or leave the row out with --rows")
-            progress(1)
-    raise AssertionError("the end of a run is told")
+    with _limited(None if name == "resident" else limit) as group, running_row("ablation_row", config, group) as row:
+        try:
+            return {**row.answer("result", lambda: progress(1)), **row.memory(), "options": config["options"]}
+        except InflashError as error:
+            if name == "resident":
+                return {"skipped": str(error)}
+            raise RunError(f"row {name}: {error}; try a larger --memory-limit, or leave the row out with --rows") from error
 
 
 @contextlib.contextmanager
@@ -157,21 +147,6 @@ def _limited(limit: int | None) -> Iterator[MemoryGroup | None]:
             print(f"no memory cgroup here ({error}): caches are sized for the limit, but nothing enforces it", file=sys.stderr)
             group = None
         yield group
-
-
-def _documents(name: str, command: list[str]) -> Iterator[dict[str, Any]]:
-    """What the row's process prints, line by line, and how it ended; it does not outlive the caller."""
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        try:
-            assert process.stdout is not None
-            for line in process.stdout:
-                yield json.loads(line)
-            yield {"ended": process.wait(timeout=60)}
-        finally:
-            if process.poll() is None:
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(timeout=10)
-                process.kill()
 
 
 def _report(store: Store, arguments: argparse.Namespace, results: list[dict[str, Any]]) -> None:

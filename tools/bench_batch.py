@@ -6,21 +6,16 @@ to it by a cgroup.
 """
 
 import argparse
-import contextlib
 import json
-import subprocess
-import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
+from ..errors import InflashError
 from ..storage.store import Store, open_store
-from .memory_group import NoCgroup, memory_group
-from .plan_run import ALLOWANCE_BYTES
+from .memory_group import memory_group_where_possible
 from .progress import progress_bar
+from .row_process import ALLOWANCE_BYTES, running_row
 from .table import table
-
-_KILLED = (-9, 137)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -57,25 +52,14 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _measured(model: Path, config: dict[str, Any]) -> dict[str, Any]:
     """A row's run in a cgroup: what `batch_row` found, or `failed`."""
-    with tempfile.NamedTemporaryFile("w", suffix=".json") as file, contextlib.ExitStack() as stack:
-        json.dump({"model": str(model), **config}, file)
-        file.flush()
-        command = [sys.executable, "-P", "-m", "inflash.tools.batch_row", file.name]
+    with (
+        memory_group_where_possible(config["memory"] + ALLOWANCE_BYTES) as group,
+        running_row("batch_row", {"model": str(model), **config}, group) as row,
+    ):
         try:
-            group = stack.enter_context(memory_group(config["memory"] + ALLOWANCE_BYTES))
-            command = group.wrap(command)
-        except NoCgroup:
-            group = None
-        ended = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-        peak = group.peak_bytes() if group else None
-    lines = ended.stdout.splitlines()
-    if not lines:
-        killed = ended.returncode in _KILLED
-        return {"failed": "ended by the kernel for its memory" if killed else f"ended with {ended.returncode}"}
-    document = json.loads(lines[-1])
-    if "error" in document:
-        return {"failed": document["error"]}
-    return {**document["result"], "peak_bytes": peak, "limited": group is not None}
+            return {**row.answer("result"), **row.memory()}
+        except InflashError as error:
+            return {"failed": str(error)}
 
 
 def _report(store: Store, arguments: argparse.Namespace, results: list[dict[str, Any]], source: str) -> None:

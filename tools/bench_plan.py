@@ -18,12 +18,14 @@ from typing import Any
 from ..errors import InflashError
 from ..storage.store import Store, open_store
 from . import arguments as flags
+from .plan import PARTS
 from .progress import progress_bar
 from .table import table
 
 _TURNS = 8  # of steps between which the machine is looked at, at most
+_PART_NAMES = ("I/O wait ms", "memory ms", "compute ms", "total ms")
+_HEADER = ["batch", "budget", "MiB", "attention", "neurons", *_PART_NAMES, "error", "peak"]
 _WARM_UP = 6  # times as long as what is measured
-_PARTS = ("io_wait_ms", "memory_ms", "compute_ms", "total_ms")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -154,36 +156,12 @@ def neighbours(planner: Any, planned: Any) -> Iterator[tuple[str, dict[str, Any]
 def _report(store: Store, results: list[dict[str, Any]], plot: Path | None) -> None:
     rows, notes = [], []
     for row in results:
-        name = [row["batch"], f"{row['budget']}%", f"{row['memory_bytes'] / 2**20:.0f}"]
-        if "measured" not in row:
+        if "measured" in row:
+            rows.append(_cells(store, row))
+        else:
             notes.append(f"batch {row['batch']}, {row['budget']}%: {row.get('refused') or row['failed']}")
-            continue
-        plan, peak = row["plan"], row["peak_bytes"]
-        rows.append(
-            [
-                *name,
-                f"{sum(not streamed for streamed in plan['streamed_attention'])}/{len(plan['ffn'])}",
-                f"{100 * sum(plan['slots']) / len(plan['ffn']) / store.config.d_ff:.0f}%",
-                *(f"{row['predicted'][part]:.1f} / {row['measured'][part]:.1f}" for part in _PARTS),
-                f"{100 * row['error']:+.0f}%",
-                f"{(peak - row['memory_bytes']) / 2**20:+.0f}" if peak else "-",
-            ]
-        )
-    header = [
-        "batch",
-        "budget",
-        "MiB",
-        "attention",
-        "neurons",
-        "I/O wait ms",
-        "memory ms",
-        "compute ms",
-        "total ms",
-        "error",
-        "peak",
-    ]
     print("Predicted / measured, ms a step; peak: MiB beyond the budget.\n")
-    print(table(header, rows))
+    print(table(_HEADER, rows))
     for note in notes:
         print(note)
     for row in results:
@@ -201,3 +179,18 @@ def _report(store: Store, results: list[dict[str, Any]], plot: Path | None) -> N
         save_comparison(results, store, plot)
         print(f"plot: {plot}")
     print(json.dumps({"model": str(store.path), "model_bytes": store.num_bytes, "rows": results, **summary}))
+
+
+def _cells(store: Store, row: dict[str, Any]) -> list[Any]:
+    """A measured row under `_HEADER`."""
+    plan, peak = row["plan"], row["peak_bytes"]
+    return [
+        row["batch"],
+        f"{row['budget']}%",
+        f"{row['memory_bytes'] / 2**20:.0f}",
+        f"{sum(not streamed for streamed in plan['streamed_attention'])}/{len(plan['ffn'])}",
+        f"{100 * sum(plan['slots']) / len(plan['ffn']) / store.config.d_ff:.0f}%",
+        *(f"{row['predicted'][part]:.1f} / {row['measured'][part]:.1f}" for part in PARTS),
+        f"{100 * row['error']:+.0f}%",
+        f"{(peak - row['memory_bytes']) / 2**20:+.0f}" if peak else "-",
+    ]

@@ -69,6 +69,17 @@ def memory_group(limit: int) -> Iterator[MemoryGroup]:
         _remove(folder)
 
 
+@contextlib.contextmanager
+def memory_group_where_possible(limit: int) -> Iterator[MemoryGroup | None]:
+    """A new group with a limit in bytes, or None where none can be made."""
+    with contextlib.ExitStack() as stack:
+        try:
+            group = stack.enter_context(memory_group(limit))
+        except NoCgroup:
+            group = None
+        yield group
+
+
 def _remove(folder: Path) -> None:
     """Removes the group; processes that have been told to end may need a moment to leave it."""
     deadline = time.monotonic() + _LEAVE_S

@@ -13,7 +13,7 @@ from .table import table
 
 DEFAULT_LENGTH = 512
 _CURVE_POINTS = 14
-_PARTS = ("io_wait_ms", "memory_ms", "compute_ms", "total_ms")
+PARTS = ("io_wait_ms", "memory_ms", "compute_ms", "total_ms")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -127,7 +127,7 @@ def describe(store: Store, options: Any, planned: Any) -> str:
             [
                 [
                     "a step" if planned.num_seqs > 1 else "a token",
-                    *(f"{getattr(planned.predicted, name):.1f}" for name in _PARTS),
+                    *(f"{getattr(planned.predicted, name):.1f}" for name in PARTS),
                     f"{planned.predicted.read_bytes / 2**20:.1f}",
                 ]
             ],
@@ -161,7 +161,7 @@ def curve_table(points: list[dict[str, Any]]) -> str:
             f"{point['memory_bytes'] / 2**20:.0f}",
             f"{point['resident_attention']:.0%}",
             f"{point['neurons_in_memory']:.0%}",
-            *(f"{point[name]:.1f}" for name in _PARTS),
+            *(f"{point[name]:.1f}" for name in PARTS),
         ]
         for point in points
     ]

@@ -1,7 +1,7 @@
 """One run of `inflash bench plan`, in a process of its own: python -m inflash.tools.plan_row CONFIG.
 
-Reads its settings from the argument and prints lines of JSON: `ready` after the warm-up; for every line that it is then sent, what a few
-steps took, so that whoever sends it can look at the machine in between; at the end of its input, the result.
+Reads its settings from the file that the argument names and prints lines of JSON: `ready` after the warm-up; for every line that it is then
+sent, what a few steps took, so that whoever sends it can look at the machine in between; at the end of its input, the result.
 """
 
 import json

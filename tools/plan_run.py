@@ -5,23 +5,15 @@ waits after every turn while this process, outside of the group, measures the ya
 for the state between its two looks.
 """
 
-import contextlib
-import json
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Callable
-from typing import IO, Any
+from typing import Any
 
 from ..errors import InflashError
 from ..pipeline.device import MachineState
-from .memory_group import NoCgroup, memory_group
-
-ALLOWANCE_BYTES = 64 << 20
-PARTS = ("io_wait_ms", "memory_ms", "compute_ms", "total_ms")
-_KILLED = (-9, 137)
+from .memory_group import memory_group_where_possible
+from .row_process import ALLOWANCE_BYTES, RowProcess, running_row
 
 
 def run_watched(
@@ -42,60 +34,40 @@ def run_watched(
       look: measures the machine.
       predict: parts of a step in a state, in ms.
     """
-    with tempfile.NamedTemporaryFile("w", suffix=".json") as file, contextlib.ExitStack() as stack:
-        json.dump(config, file)
-        file.flush()
-        command, group = [sys.executable, "-P", "-m", "inflash.tools.plan_row", file.name], None
-        with contextlib.suppress(NoCgroup):
-            group = stack.enter_context(memory_group(memory_bytes + ALLOWANCE_BYTES))
-            command = group.wrap(command)
-        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-            try:
-                turns, result = _take_turns(process, look, seconds, most_steps)
-            except InflashError as error:
-                return {"failed": str(error), "peak_bytes": group.peak_bytes() if group else None}
-        peak = group.peak_bytes() if group else None
+    with (
+        memory_group_where_possible(memory_bytes + ALLOWANCE_BYTES) as group,
+        running_row("plan_row", config, group) as row,
+    ):
+        try:
+            turns, result = _take_turns(row, look, seconds, most_steps)
+        except InflashError as error:
+            return {"failed": str(error), **row.memory()}
+        memory = row.memory()
     return {
         "measured": result | _means([measured for measured, _ in turns]),
         "predicted": _means([predict(state) for _, state in turns]),
         "states": [state.to_json() for _, state in turns],
-        "peak_bytes": peak,
-        "limited": group is not None,
+        **memory,
     }
 
 
 def _take_turns(
-    process: subprocess.Popen, look: Callable[[], MachineState], seconds: float, most_steps: int
+    row: RowProcess, look: Callable[[], MachineState], seconds: float, most_steps: int
 ) -> tuple[list[tuple[dict[str, float], MachineState]], dict[str, Any]]:
     """Medians of each turn and the state that it ran in, and what the run says at its end."""
-    assert process.stdin and process.stdout
-    _answer(process.stdout, "ready", process)
+    row.answer("ready")
     turns: list[tuple[dict[str, float], MachineState]] = []
     steps, end, before = 0, time.perf_counter() + seconds, look()
     while len(turns) < 2 or (time.perf_counter() < end and steps < most_steps):
-        with contextlib.suppress(BrokenPipeError):  # how it ended is told below
-            process.stdin.write("go\n")
-            process.stdin.flush()
-        samples = _answer(process.stdout, "turn", process)
+        row.tell("go")
+        samples = row.answer("turn")
         after = look()
         medians: dict[str, float] = {name: statistics.median(sample[name] for sample in samples) for name in samples[0]}
         medians["steps"] = len(samples)
         turns.append((medians, MachineState.between([before, after])))
         steps, before = steps + len(samples), after
-    process.stdin.close()
-    return turns, _answer(process.stdout, "result", process)
-
-
-def _answer(lines: IO[str], name: str, process: subprocess.Popen) -> Any:
-    """Raises InflashError where the run says something else, or nothing."""
-    line = lines.readline()
-    if not line:
-        code = process.wait()
-        raise InflashError("ended by the kernel for its memory" if code in _KILLED else f"ended with {code}")
-    document = json.loads(line)
-    if name not in document:
-        raise InflashError(document["error"])
-    return document[name]
+    row.end_input()
+    return turns, row.answer("result")
 
 
 def _means(turns: list[dict[str, float]]) -> dict[str, float]:

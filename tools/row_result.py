@@ -1,10 +1,15 @@
-"""How a row of a bench, in a process of its own, tells the command what it found: one line of JSON, last."""
+"""How a row of a bench, in a process of its own, tells the command what it does and finds; `row_process` is the other side."""
 
 import json
 from collections.abc import Callable
 from typing import Any
 
 from ..errors import InflashError
+
+
+def tell_step(done: int) -> None:
+    """Prints `{"step": ...}`, a sign of life."""
+    print(json.dumps({"step": done}), flush=True)
 
 
 def tell_result(measure: Callable[[], dict[str, Any]]) -> int:
