@@ -2,8 +2,11 @@
 
 import ast
 import json
+import os
 import re
+import runpy
 import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +139,21 @@ def command_lines() -> list[tuple[str, str]]:
 @pytest.mark.parametrize(("document", "line"), command_lines())
 def test_commands_parse(document: str, line: str) -> None:
     assert cli.build_parser().parse_args(shlex.split(line)[1:]).module, document
+
+
+def test_the_comparison_with_accelerate_explains_itself(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What needs torch runs in another interpreter; here its help is read, and what it says where no limit can be made."""
+    main = runpy.run_path(str(ROOT / "examples" / "accelerate_offload.py"))["main"]
+    monkeypatch.setattr(sys, "argv", ["accelerate_offload.py", "--help"])
+    with pytest.raises(SystemExit, match="0"):
+        main()
+    assert "HF_PYTHON" in capsys.readouterr().out
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    monkeypatch.setattr(sys, "argv", ["accelerate_offload.py", "model", "--python", "python", "--memory-limit", "1GiB"])
+    assert main() == 2
+    assert capsys.readouterr().err == "the comparison needs a memory cgroup, found none: only root may make cgroups\n"
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)

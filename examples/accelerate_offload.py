@@ -1,9 +1,10 @@
 """The same work by Hugging Face accelerate's disk offload, to compare `inflash bench batch` with: layer by layer, dense.
 
-    python docs/accelerate_offload.py CHECKPOINT --python HF_PYTHON --memory-limit 1.225GiB --batch 1
+    python examples/accelerate_offload.py CHECKPOINT --python HF_PYTHON --memory-limit 1.225GiB --batch 1
 
 CHECKPOINT is a Hugging Face folder (`inflash synth DST --like opt-1.3b --hf`), HF_PYTHON an interpreter that has torch, transformers and
-accelerate; this script itself needs only inflash. Each batch runs in a memory cgroup with the limit. One JSON document a line.
+accelerate; this script itself needs only inflash. Each batch runs in a memory cgroup with the limit, which only root can make. One JSON
+document a line.
 """
 
 import argparse
@@ -72,11 +73,12 @@ def run_limited(arguments: argparse.Namespace) -> None:
         print(json.dumps({**found, "peak_bytes": peak, "memory_limit": arguments.memory_limit}), flush=True)
 
 
-def main() -> None:
+def main() -> int:
     if sys.argv[1:2] == ["--measure"]:
         print(json.dumps(measure(*json.loads(sys.argv[2]))))
-        return
+        return 0
     from inflash.tools.arguments import byte_count
+    from inflash.tools.memory_group import NoCgroup
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint")
@@ -85,8 +87,13 @@ def main() -> None:
     parser.add_argument("--batch", default=[1], type=lambda text: [int(part) for part in text.split(",")])
     parser.add_argument("--prompt-tokens", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=4)
-    run_limited(parser.parse_args())
+    try:
+        run_limited(parser.parse_args())
+    except NoCgroup as error:
+        print(f"the comparison needs a memory cgroup, found none: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
