@@ -22,7 +22,7 @@ def save_plot(rows: list[dict[str, Any]], store: Store, file: Path) -> None:
         found = [row for row in rows if row["path"] == path]
         batches = [row["batch"] for row in found]
         speed.plot(batches, [row["tokens_per_s"] for row in found], line, color=colour, label=_LABELS[path])
-        reads.plot(batches, [row["mib_per_token"] for row in found], line, color=colour)
+        reads.plot(batches, [row["read_mib_per_token"] for row in found], line, color=colour)
     for axes, label in ((speed, "tokens/s"), (reads, "MiB read a token")):
         axes.set(xscale="log", yscale="log", xlabel="requests decoded together", ylabel=label)
         axes.grid(alpha=0.3)

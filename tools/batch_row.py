@@ -65,7 +65,7 @@ def measure(config: RowConfig) -> dict[str, Any]:
             "decode_s": (after.decode_ns - before.decode_ns) / 1e9,
             "io_wait_s": (after.io_wait_ns - before.io_wait_ns) / 1e9,
             "steps": steps,
-            "mib_per_token": (engine.pool.bytes_requested - read) / 2**20 / generated,
+            "read_mib_per_token": (engine.pool.bytes_requested - read) / 2**20 / generated,
             "dense_share": dense / max(steps * num_layers, 1),
             "together": engine.num_seqs,
             "cached_layers": ways[CACHED],

@@ -219,8 +219,8 @@ machine for it, --calibrate the model: a short pass over text, kept for later.
         summary="compile the native kernels for this machine, once",
         add_arguments=_add_nothing,
         details="""\
-inflash runs without them. They are C++ in the place of XLA's kernels for up to eight sequences: they read attention, output head,
-predictor and feed-forward weights (bfloat16 or float32) nearer to the memory's own rate, and skip the second half of neurons that the
+inflash runs without them. They are C++ in the place of XLA's kernels: they read attention, output head, predictor (for up to eight
+sequences) and feed-forward weights (bfloat16 or float32) nearer to the memory's own rate, and skip the second half of neurons that the
 ReLU silences. `inflash bench kernels` shows what that brings on this machine.
 
 Needs a C++17 compiler: the one that CXX names, or c++, g++ or clang++. The library goes into the user's cache ($XDG_CACHE_HOME or

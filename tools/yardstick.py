@@ -51,7 +51,7 @@ class Yardstick:
         self.measure()  # compiles
 
     def measure(self) -> MachineState:
-        """About a third of a second."""
+        """Somewhat more than half a second, most of it reading."""
         return MachineState(
             kernel_s=self.kernels(),
             processor_s=min(_seconds(self._place) for _ in range(3)),

@@ -78,10 +78,17 @@ def test_every_command_has_its_module(command: cli.Command) -> None:
     assert find_spec(f"inflash.tools.{command.module}") is not None
 
 
+DOCUMENTATION = (Path(__file__).parents[2] / "docs" / "cli.md").read_text()
+
+
 def test_the_documentation_lists_every_flag() -> None:
-    text = (Path(__file__).parents[2] / "docs" / "cli.md").read_text()
-    written = set(re.findall(r"`(--?[a-z_-]+)`", text))
+    written = set(re.findall(r"`(--?[a-z_-]+)`", DOCUMENTATION))
     assert written == set(option_strings(cli.build_parser()))
+
+
+def test_the_documentation_lists_every_command() -> None:
+    written = re.findall(r"^\| `inflash (bench [a-z]+|[a-z-]+)", DOCUMENTATION, re.MULTILINE)
+    assert sorted(written) == sorted(" ".join(words) for words in COMMANDS if words != ["bench"])
 
 
 def test_help_has_no_colors_when_told() -> None:
