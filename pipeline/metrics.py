@@ -28,8 +28,17 @@ def write_metrics(path: Path, run: BatchRun, times: StepTimes, began: float) -> 
 
 def metrics_text(run: BatchRun, times: StepTimes, run_s: float) -> str:
     """The metrics of a run that has taken `run_s` seconds."""
+    lines: list[str] = []
+    for name, kind, text, samples in _families(run, times, run_s):
+        lines += [f"# HELP inflash_{name} {text}", f"# TYPE inflash_{name} {kind}"]
+        lines += [f"inflash_{name}{{{labels}}} {value}" if labels else f"inflash_{name} {value}" for labels, value in samples]
+    return "\n".join(lines) + "\n"
+
+
+def _families(run: BatchRun, times: StepTimes, run_s: float) -> list[tuple[str, str, str, list[Sample]]]:
+    """Name, kind, what it is, and the samples of each."""
     compute_ns = max(times.decode_ns - times.io_wait_ns - times.memory_ns, 0)
-    families: list[tuple[str, str, str, list[Sample]]] = [
+    return [
         (
             "requests_total",
             "counter",
@@ -69,8 +78,3 @@ def metrics_text(run: BatchRun, times: StepTimes, run_s: float) -> str:
         ("run_seconds", "gauge", "How long this run has lasted.", [("", run_s)]),
         ("updated_timestamp_seconds", "gauge", "When this was written, as Unix time.", [("", time.time())]),
     ]
-    lines: list[str] = []
-    for name, kind, text, samples in families:
-        lines += [f"# HELP inflash_{name} {text}", f"# TYPE inflash_{name} {kind}"]
-        lines += [f"inflash_{name}{{{labels}}} {value}" if labels else f"inflash_{name} {value}" for labels, value in samples]
-    return "\n".join(lines) + "\n"

@@ -203,18 +203,24 @@ def _answer(arguments: argparse.Namespace, run: "BatchRun", size: "RunSize", sta
 
         gc.freeze()  # modules and compiled kernels stay: no collection needs to go through them again
         try:
-            run.run(size, on_tokens, bar.update)
-        except RunError:
-            raise
-        except InflashError as error:  # the file and the flags were sound: this came while running
-            raise RunError(f"{error}; finished results are kept, run again to go on") from error
-        except BrokenPipeError:
-            raise
-        except OSError as error:
-            where = f"{error.filename}: " if error.filename else ""
-            raise RunError(f"{where}{error.strerror or error}; finished results are kept, run again to go on") from error
+            with _told_as_failures():
+                run.run(size, on_tokens, bar.update)
         finally:
             gc.unfreeze()
+
+
+@contextmanager
+def _told_as_failures() -> Iterator[None]:
+    """The file and the flags were sound: what is wrong now came while running."""
+    try:
+        yield
+    except (RunError, BrokenPipeError):
+        raise
+    except InflashError as error:
+        raise RunError(f"{error}; finished results are kept, run again to go on") from error
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        raise RunError(f"{where}{error.strerror or error}; finished results are kept, run again to go on") from error
 
 
 def _report(arguments: argparse.Namespace, job: BatchJob, summary: dict[str, Any]) -> None:
