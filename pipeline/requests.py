@@ -54,6 +54,7 @@ class Continuation:
       request: what it belongs to.
       index: which of the n.
       most_tokens: it ends with this many, by `max_tokens` or for want of positions.
+      plain: its tokens are the most likely ones, and no more is asked for, see `SamplingParams`.
       num_cached_tokens: of the prompt, that were not computed for it; None before it is begun.
       token_ids: what was generated so far.
     """
@@ -61,6 +62,7 @@ class Continuation:
     request: Request
     index: int
     most_tokens: int
+    plain: bool
     end_ids: frozenset[int]
     stream: TextStream
     num_cached_tokens: int | None = None
@@ -131,6 +133,7 @@ class RequestProgress:
                 request=request,
                 index=index,
                 most_tokens=min(params.max_tokens, room),
+                plain=params.plain,
                 end_ids=frozenset() if params.ignore_eos else end_ids,
                 stream=TextStream(token_bytes, params.stop_strings),
             )

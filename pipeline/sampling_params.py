@@ -104,6 +104,11 @@ class SamplingParams:
         """Whether some penalty changes the logits."""
         return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
 
+    @property
+    def plain(self) -> bool:
+        """Whether the most likely token is all that is asked for."""
+        return self.greedy and not self.penalized and self.logprobs is None and not self.min_tokens
+
     @classmethod
     def from_defaults(cls, generation_config: Mapping[str, Any], **given: Any) -> "SamplingParams":
         """What was given, and the model's own defaults for the rest.

@@ -3,15 +3,16 @@
     python tests/integration/batch_many.py --requests 10000
 
 One JSON document on standard output. Memory is the proportional share (PSS) of the engine and its loaders together, the median of the
-samples of each thousand requests. `main_thread` has what the operating system counted for the main thread after the first quarter: shares of
-its time on a core, ready but without a core, and asleep. Nobody looks on for that, and Python cannot take more than the first two.
+samples of each thousand requests. `main_thread` has what the operating system counted for the main thread after the first quarter:
+shares of its time on a core, ready but without one, and asleep. Nobody looks on for that, and Python cannot take more than the first two.
 
 With --py-spy FILE, a py-spy program looks at the engine's threads, native frames too, after the first quarter; the document then says for
 which parts of its time the main thread was in a kernel, waiting, or in Python. Small kernels run in the thread that starts them, so a
 sample counts as a kernel where XLA's runtime for the CPU, Eigen, the native kernels or a frame of no library (what XLA has compiled) is in
 its stack; else as a wait where its innermost frame waits for the system; all else is Python, starting kernels, collecting garbage and
-giving memory back included. Each look stops all threads for some 5 ms while disk and loaders go on, so it looks ten times a second only: with
-a hundred looks the main thread was found in Python for half of its time when it was on a core for an eighth. Take seconds from a run without.
+giving memory back included. Each look stops all threads for some 5 ms while disk and loaders go on, so it looks ten times a second only:
+with a hundred looks the main thread was found in Python for half of its time when it was on a core for an eighth. Take seconds from a run
+without.
 """
 
 import argparse
