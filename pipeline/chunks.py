@@ -23,35 +23,41 @@ class Chunk:
     Attributes:
       count: real tokens.
       token_ids: [T] int32.
-      sequences: [T] int32, whose they are; padding is nobody's, and no sequence has its number.
-      positions: [T] int32, in their sequences.
-      pieces: [T, 4] int32, the stretches that attend together: sequence, position of the first token, its row in the chunk, and
-        how many there are, up to PIECE.
-      num_pieces: int32, how many of them are real.
+      places: [6, T] int32, all that attention has to know, in one array, as each argument of a kernel costs a transfer: `sequences`,
+        `positions` and `pieces`.
     """
 
     count: int
     token_ids: np.ndarray
-    sequences: np.ndarray
-    positions: np.ndarray
-    pieces: np.ndarray
-    num_pieces: np.int32
+    places: np.ndarray
 
     @classmethod
     def pack(cls, token_ids: np.ndarray, sequences: np.ndarray, positions: np.ndarray, size: int) -> "Chunk":
         """Up to `size` tokens, each array [count] int32."""
         count = len(token_ids)
         found = _pieces(sequences, positions)
-        owners, pieces = np.full(size, _NOBODY), np.zeros((size, 4), np.int32)
-        owners[:count], pieces[: len(found)] = sequences, found
-        return cls(
-            count=count,
-            token_ids=padded(token_ids, size),
-            sequences=owners,
-            positions=padded(positions, size),
-            pieces=pieces,
-            num_pieces=np.int32(len(found)),
-        )
+        places = np.zeros((6, size), np.int32)
+        places[0, count:] = _NOBODY
+        places[0, :count], places[1, :count], places[2:, : found.shape[1]] = sequences, positions, found
+        return cls(count=count, token_ids=padded(token_ids, size), places=places)
+
+    @property
+    def sequences(self) -> np.ndarray:
+        """[T] int32, whose tokens they are; padding is nobody's, and no sequence has its number."""
+        return self.places[0]
+
+    @property
+    def positions(self) -> np.ndarray:
+        """[T] int32, in their sequences."""
+        return self.places[1]
+
+    @property
+    def pieces(self) -> np.ndarray:
+        """[pieces, 4] int32, the stretches that attend together.
+
+        Sequence, position of the first token, its row in the chunk, and how many there are, up to PIECE.
+        """
+        return self.places[2:, : np.count_nonzero(self.places[5])].T
 
     @property
     def active(self) -> np.ndarray:
@@ -100,9 +106,9 @@ def num_tokens(chunks: Sequence[Chunk]) -> int:
 
 
 def _pieces(sequences: np.ndarray, positions: np.ndarray) -> np.ndarray:
-    """[pieces, 4]: each sequence's tokens in the rows of a chunk, PIECE by PIECE."""
+    """[4, pieces]: each sequence's tokens in the rows of a chunk, PIECE by PIECE."""
     rows = np.arange(len(sequences))
     begins = np.flatnonzero(np.diff(sequences, prepend=-1))
     within = rows - np.repeat(begins, np.diff(begins, append=len(rows)))
     first = np.flatnonzero(within % PIECE == 0)
-    return np.stack([sequences[first], positions[first], first, np.diff(first, append=len(rows))], axis=1)
+    return np.stack([sequences[first], positions[first], first, np.diff(first, append=len(rows))])

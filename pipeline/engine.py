@@ -101,6 +101,7 @@ class Engine:
             compute_dtype=self.compute.name,
         )
         self.kv_cache = KVCache(self.config, self.shape, 0, 0)
+        self._nothing = zeros((0, self.config.d_model))
         self._memory_parts = memory_parts(store, options, self.plan)
         check_fits(self._memory_parts, "use --ffn hybrid, a smaller --cache-neurons, or a machine with more memory")
         with self._trace.span(START):
@@ -202,7 +203,7 @@ class Engine:
         Returns:
           [B, V] f32: row s is the logits after the last token of sequence s; rows of other sequences mean nothing.
         """
-        num_cached, hidden = self.kv_cache.num_cached, zeros((self.num_seqs, self.config.d_model))
+        num_cached, hidden = self.kv_cache.num_cached, self._nothing
         passes = pack_prompts(((sequence, ids, num_cached[sequence]) for sequence, ids in prompts), self.plan.prompt_tokens)
         logits = hidden
         for chunks in passes:
@@ -237,10 +238,10 @@ class Engine:
         with self._timer.step(int(active.sum())):
             bound = fitting(int(positions.max()) + 1, doublings(SMALLEST_CAPACITY, self.capacity))
             x = self.matrices.embed(token_ids, positions)
-            tables, before = self.kv_cache.tables(active), None
+            places, before = self.kv_cache.places(positions, active), None
             for layer in range(self.config.num_layers):
                 with self._trace.span(LAYER, layer):
-                    tile = self._attend_step(layer, x, tables, positions, active, bound)  # A
+                    tile = self._attend_step(layer, x, places, active, bound)  # A
                     with self._trace.span(PREDICT, layer):
                         tile = self._predicting(layer, tile, before, guess=True)
                     if self._recall is not None:
@@ -249,12 +250,10 @@ class Engine:
                     x, before = self.after_ffn(layer, x), tile
             return self._head(x)  # H
 
-    def _attend_step(
-        self, layer: int, x: jax.Array, tables: np.ndarray, positions: np.ndarray, active: np.ndarray, bound: int
-    ) -> Tile:
+    def _attend_step(self, layer: int, x: jax.Array, places: np.ndarray, active: np.ndarray, bound: int) -> Tile:
         with self._trace.span(ATTENTION, layer):
             weights = self.matrices.take_attention(layer)
-            residual, ffn_in = self.kv_cache.attend_step(layer, x, weights, tables, positions, bound)
+            residual, ffn_in = self.kv_cache.attend_step(layer, x, weights, places, bound)
             self.matrices.give_back_attention(layer, residual)
             return Tile(residual=residual, ffn_in=ffn_in, active=active)
 
@@ -351,10 +350,10 @@ class Engine:
         """Compiles every kernel for this batch and capacity by running it once, on layer 0 and on nothing."""
         examples = self.matrices.examples()
         nothing, nobody = np.zeros(self.num_seqs, np.int32), np.zeros(0, np.int32)
-        x = zeros((self.num_seqs, self.config.d_model))
+        x = self._nothing = zeros((self.num_seqs, self.config.d_model))
         for bound in doublings(SMALLEST_CAPACITY, self.capacity):
             for weights in examples:
-                self.kv_cache.attend_step(0, x, weights, self.kv_cache.tables(nothing > 0), nothing, bound)
+                self.kv_cache.attend_step(0, x, weights, self.kv_cache.places(nothing, nothing > 0), bound)
         self.after_ffn(0, x)
         tile = Tile(residual=x, ffn_in=x, active=nothing > 0)
         for layer in range(self.config.num_layers):  # ranks may differ from layer to layer

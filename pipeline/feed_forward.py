@@ -187,7 +187,8 @@ class StreamedFeedForward:
 
     def _block_arguments(self, layer: int, block: int, buffer: int, mask: jax.Array | None) -> tuple:
         rows = self._buffers[buffer]
-        columns = None if mask is None else _columns(mask, np.int32(block * self._length), self._length)
+        whole = mask is None or self._blocks == 1
+        columns = mask if whole else _columns(mask, np.int32(block * self._length), self._length)
         return rows.up, rows.down, self._block_bias[layer][block], self._count(block), columns
 
     def warm_up(self, tile: Tile) -> None:

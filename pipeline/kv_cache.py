@@ -4,6 +4,7 @@ Axes: B sequences, T tokens of a chunk of prompts, D d_model, H heads, N blocks,
 """
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from ..kernels.compilation import jit
@@ -14,8 +15,32 @@ from .chunks import Chunk
 from .fixed_shapes import capacity_for
 from .weights import zeros
 
-_attention_decode = jit(attention_decode, static_argnames=("shape", "num_positions"), donate_argnames=("keys", "values"))
-_attention_chunk = jit(attention_chunk, static_argnames="shape", donate_argnames=("keys", "values"))
+
+def _attend_places(
+    x: jax.Array,
+    weights: Weights,
+    keys: jax.Array,
+    values: jax.Array,
+    places: jax.Array,
+    shape: LayerShape,
+    *,
+    num_positions: int,
+) -> tuple[jax.Array, ...]:
+    """`attention_decode` with positions and tables in one array, see `KVCache.places`: each argument from NumPy costs a transfer."""
+    return attention_decode(x, weights, keys, values, places[:, 1:], places[:, 0], shape, num_positions=num_positions)
+
+
+def _attend_tokens(
+    x: jax.Array, weights: Weights, keys: jax.Array, values: jax.Array, tables: jax.Array, places: jax.Array, shape: LayerShape
+) -> tuple[jax.Array, ...]:
+    """`attention_chunk` with a chunk's places, see `Chunk`."""
+    pieces = places[2:].T
+    num_pieces = jnp.sum(pieces[:, 3] > 0, dtype=jnp.int32)
+    return attention_chunk(x, weights, keys, values, tables, places[0], places[1], pieces, num_pieces, shape)
+
+
+_attention_decode = jit(_attend_places, static_argnames=("shape", "num_positions"), donate_argnames=("keys", "values"))
+_attention_chunk = jit(_attend_tokens, static_argnames="shape", donate_argnames=("keys", "values"))
 
 
 def num_cache_blocks(num_seqs: int, max_length: int, num_positions: int | None = None) -> int:
@@ -106,29 +131,33 @@ class KVCache:
         self._held[sequence] = []
         self._tables[sequence] = self.pool.num_blocks
 
-    def tables(self, active: np.ndarray | None = None) -> np.ndarray:
-        """[B, M] int32: the blocks of the sequences that are active, [B] bool; the others have none, so that nothing is written.
+    def tables(self) -> np.ndarray:
+        """[B, M] int32: the sequences' blocks. The array is the caller's: it may be read after a sequence has ended."""
+        return self._tables.copy()
 
-        None: of all sequences. The array is the caller's: it may be read after a sequence has ended.
-        """
-        return self._tables.copy() if active is None else np.where(active[:, None], self._tables, np.int32(self.pool.num_blocks))
+    def places(self, positions: np.ndarray, active: np.ndarray) -> np.ndarray:
+        """[B, 1 + M] int32: positions [B] int32, then tables; sequences that are not active [B] have no blocks: nothing is written."""
+        places = np.empty((self.num_seqs, 1 + self._tables.shape[1]), np.int32)
+        places[:, 0], places[:, 1:] = positions, self.pool.num_blocks
+        places[active, 1:] = self._tables[active]
+        return places
 
     def attend_step(
-        self, layer: int, x: jax.Array, weights: Weights, tables: np.ndarray, positions: np.ndarray, bound: int
+        self, layer: int, x: jax.Array, weights: Weights, places: np.ndarray, bound: int
     ) -> tuple[jax.Array, jax.Array]:
         """One token of every sequence through a layer's attention.
 
         Args:
           layer, weights: which.
           x: [B, D] f32.
-          tables, positions: [B, M] and [B] int32, see `tables`.
+          places: [B, 1 + M] int32, of the function of that name.
           bound: positions from there on are not looked at.
 
         Returns:
           residual and the FFN's input, [B, D] f32 each.
         """
         residual, ffn_in, self._keys[layer], self._values[layer] = _attention_decode(
-            x, weights, self._keys[layer], self._values[layer], tables, positions, self._shape, num_positions=bound
+            x, weights, self._keys[layer], self._values[layer], places, self._shape, num_positions=bound
         )
         return residual, ffn_in
 
@@ -137,15 +166,6 @@ class KVCache:
     ) -> tuple[jax.Array, jax.Array]:
         """A chunk of prompts [T, D] through a layer's attention, `tables` [B, M]: residual and the FFN's input, [T, D] f32 each."""
         residual, ffn_in, self._keys[layer], self._values[layer] = _attention_chunk(
-            x,
-            weights,
-            self._keys[layer],
-            self._values[layer],
-            tables,
-            chunk.sequences,
-            chunk.positions,
-            chunk.pieces,
-            chunk.num_pieces,
-            self._shape,
+            x, weights, self._keys[layer], self._values[layer], tables, chunk.places, self._shape
         )
         return residual, ffn_in

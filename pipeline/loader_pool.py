@@ -260,7 +260,7 @@ class LoaderPool:
         """Splits `count` neurons over the loaders: (loader, first, last)."""
         most = max(1, count * self._bundle_bytes // _SMALLEST_SHARE_BYTES)
         shares = min(len(self._peers), most, count)
-        bounds = np.linspace(0, count, shares + 1).astype(int).tolist()
+        bounds = [count * number // max(shares, 1) for number in range(shares + 1)]
         self._turn += 1
         return [((self._turn + number) % len(self._peers), first, last) for number, (first, last) in enumerate(pairwise(bounds))]
 

@@ -61,13 +61,11 @@ class ResidentMatrices:
     """The ordinary case: everything is in memory."""
 
     def __init__(self, store: Store, weights: ModelWeights, shape: LayerShape) -> None:
-        self._weights, self._shape = weights, shape
+        self._weights, self._shape, self._compute = weights, shape, np.dtype(shape.compute_dtype)
         self._offset = store.config.position_offset
 
     def embed(self, token_ids: np.ndarray, positions: np.ndarray) -> jax.Array:
-        return _embed(
-            token_ids, positions, self._weights.embeddings, self._offset, compute_dtype=np.dtype(self._shape.compute_dtype)
-        )
+        return _embed(token_ids, positions, self._weights.embeddings, self._offset, compute_dtype=self._compute)
 
     def take_attention(self, layer: int) -> dict[str, jax.Array]:
         return self._weights.layers[layer]
@@ -132,8 +130,7 @@ class StreamedMatrices(ResidentMatrices):
             return super().embed(token_ids, positions)
         rows = np.stack([self._token_row(int(token)) for token in token_ids])
         tables = {**self._weights.embeddings, "tokens": on_device(rows)}
-        offset, compute = self._store.config.position_offset, np.dtype(self._shape.compute_dtype)
-        return _embed(np.arange(len(rows), dtype=np.int32), positions, tables, offset, compute_dtype=compute)
+        return _embed(np.arange(len(rows), dtype=np.int32), positions, tables, self._offset, compute_dtype=self._compute)
 
     def take_attention(self, layer: int) -> dict[str, jax.Array]:
         if layer not in self._items:
@@ -157,7 +154,7 @@ class StreamedMatrices(ResidentMatrices):
             buffer = self._stream.take(len(self._items) + block)
             rows = min(self._head_rows, self._store.config.vocab_size - block * self._head_rows)
             for number, x in enumerate(ready):
-                product = _linear(x, self._head_buffers[buffer], compute_dtype=np.dtype(self._shape.compute_dtype))
+                product = _linear(x, self._head_buffers[buffer], compute_dtype=self._compute)
                 parts[number].append(np.asarray(product)[:, :rows])
             self._stream.give_back(buffer, ready[-1])
         return [on_device(np.concatenate(part, axis=1)) for part in parts]
@@ -174,7 +171,7 @@ class StreamedMatrices(ResidentMatrices):
         nothing = np.zeros(len(x), np.int32)
         self.embed(nothing, nothing)
         hidden = _final_hidden(x, self._weights.embeddings, self._shape)
-        _linear(hidden, self._head_buffers[0], compute_dtype=np.dtype(self._shape.compute_dtype))
+        _linear(hidden, self._head_buffers[0], compute_dtype=self._compute)
 
     def _find_ranges(self) -> list[list[tuple[str, ByteRange]]]:
         """What each item of the stream reads: the layers' matrices, then blocks of the head."""

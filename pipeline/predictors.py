@@ -95,6 +95,7 @@ class LayerPredictor:
         self._weights = {name: alias(_usable(values)) for name, values in tensors.items()}
         self.num_bytes = sum(array.nbytes for array in self._weights.values())
         self.threshold = float(self._weights["threshold"][0])
+        self._operands = LowRank(**self._weights) if self.low_rank else None
 
     def scores(self, ffn_in: jax.Array) -> jax.Array:
         """[T, D] f32 to [T, F] f32."""
@@ -107,8 +108,10 @@ class LayerPredictor:
 
     def predict_with(self, ffn_in: jax.Array, *others: "LayerPredictor") -> list[jax.Array]:
         """What this one and the others, all of low rank, name from the same inputs, in one call: [T, F] bool each."""
-        weights = [LowRank(**predictor._weights) for predictor in (self, *others)]
-        return _predict_low_rank(ffn_in, *weights, between=tuple(predictor.between for predictor in (self, *others)))
+        predictors = (self, *others)
+        return _predict_low_rank(
+            ffn_in, *[each._operands for each in predictors], between=tuple([each.between for each in predictors])
+        )
 
 
 class StoredPredictor:

@@ -39,9 +39,10 @@ class PromptPasses:
         """Makes passes of at most so many tokens, or of a block, over prompts in this cache."""
         self._cache, self._most_tokens = cache, max(most_tokens, BLOCK_SIZE)
         self._cut: PromptPart | None = None
+        self._idle = 0  # slots that somebody waits for, summed over steps since the last pass
 
     def next_pass(self, slots: list[Continuation | None], waiting: deque[Continuation]) -> list[PromptPart]:
-        """What goes on or begins now; nothing when no slot, or no memory, is free.
+        """What goes on or begins now; nothing when no slot, or no memory, is free, or too few slots for a pass to be worth it.
 
         A prompt that has more tokens than a pass is cut; one that only does not fit into the rest of this pass begins with the next.
 
@@ -50,6 +51,8 @@ class PromptPasses:
           waiting: and taken from here, in order.
         """
         parts, left = list[PromptPart](), self._most_tokens
+        if self._cut is None and not self._is_worth_it(slots, waiting):
+            return parts
         if self._cut is not None:
             row = self._cut.row
             self._cache.num_cached[row] = len(self._cut.token_ids)
@@ -65,7 +68,14 @@ class PromptPasses:
                 break
             slots[row] = continuation = waiting.popleft()
             left -= self._add(parts, row, continuation, left)
+        self._idle = 0 if parts else self._idle
         return parts
+
+    def _is_worth_it(self, slots: list[Continuation | None], waiting: deque[Continuation]) -> bool:
+        """Whether idle slots have cost half a step by now, or nobody decodes. Every pass streams all layers, however few its tokens."""
+        free = slots.count(None)
+        self._idle += min(free, len(waiting))
+        return free == len(slots) or 2 * self._idle >= len(slots)
 
     def _add(self, parts: list[PromptPart], row: int, continuation: Continuation, left: int) -> int:
         """Adds as much of a prompt as fits, whole blocks of it or all; how many tokens that are."""

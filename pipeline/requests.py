@@ -1,8 +1,8 @@
 """A request on its way: what was asked, and each of its continuations while it grows."""
 
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 from ..errors import InflashError
 from .outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
@@ -54,6 +54,7 @@ class Continuation:
       request: what it belongs to.
       index: which of the n.
       most_tokens: it ends with this many, by `max_tokens` or for want of positions.
+      plain: its tokens are the most likely ones, and no more is asked for, see `SamplingParams`.
       num_cached_tokens: of the prompt, that were not computed for it; None before it is begun.
       token_ids: what was generated so far.
     """
@@ -61,6 +62,7 @@ class Continuation:
     request: Request
     index: int
     most_tokens: int
+    plain: bool
     end_ids: frozenset[int]
     stream: TextStream
     num_cached_tokens: int | None = None
@@ -78,10 +80,6 @@ class Continuation:
         """Of the newest token."""
         return len(self.request.prompt_token_ids) + len(self.token_ids) - 1
 
-    @property
-    def may_stop(self) -> bool:
-        return len(self.token_ids) >= self.params.min_tokens
-
     def forbidden_ids(self) -> list[int]:
         """Tokens that must not come now, because they would end the text before `min_tokens`."""
         if len(self.token_ids) >= self.params.min_tokens:
@@ -91,11 +89,13 @@ class Continuation:
     def push(self, token_id: int) -> None:
         """Adds a token, and finds out whether it is the last."""
         self.token_ids.append(token_id)
-        if token_id in (self.params.stop_token_ids or ()) and self.may_stop:
+        params = self.request.sampling_params
+        may_stop = len(self.token_ids) >= params.min_tokens
+        if params.stop_token_ids and token_id in params.stop_token_ids and may_stop:
             self.finish_reason, self.stop_reason = "stop", token_id
-        elif token_id in self.end_ids and self.may_stop:
+        elif token_id in self.end_ids and may_stop:
             self.finish_reason = "stop"
-        elif (matched := self.stream.push(token_id, may_stop=self.may_stop)) is not None:
+        elif (matched := self.stream.push(token_id, may_stop=may_stop)) is not None:
             self.finish_reason, self.stop_reason = "stop", matched
         elif len(self.token_ids) >= self.most_tokens:
             self.finish_reason = "length"
@@ -125,12 +125,13 @@ class RequestProgress:
         params = request.sampling_params
         room = max_length - len(request.prompt_token_ids)
         self.request = request
-        self.metrics = RequestMetrics(arrival_time=time.monotonic())
+        self._times: dict[str, float] = {"arrival_time": time.monotonic()}
         self.continuations = [
             Continuation(
                 request=request,
                 index=index,
                 most_tokens=min(params.max_tokens, room),
+                plain=params.plain,
                 end_ids=frozenset() if params.ignore_eos else end_ids,
                 stream=TextStream(token_bytes, params.stop_strings),
             )
@@ -143,9 +144,8 @@ class RequestProgress:
 
     def mark(self, event: str) -> None:
         """Notes the time of an event ("first_scheduled_time", "first_token_time", "finished_time") when it is the first."""
-        if getattr(self.metrics, event) is None:
-            times: Mapping[str, float] = {event: time.monotonic()}
-            self.metrics = replace(self.metrics, **times)
+        if event not in self._times:
+            self._times[event] = time.monotonic()
 
     def output(self) -> RequestOutput:
         return RequestOutput(
@@ -154,6 +154,6 @@ class RequestProgress:
             prompt_token_ids=list(self.request.prompt_token_ids),
             outputs=[continuation.output() for continuation in self.continuations],
             finished=self.finished,
-            metrics=self.metrics,
+            metrics=RequestMetrics(**self._times),
             num_cached_tokens=self.continuations[0].num_cached_tokens,  # what the others share is the request's own
         )

@@ -18,6 +18,7 @@ MOST_WAITING = 256
 """Lines that may wait for a slow reader before nothing new is begun."""
 
 _FIRST_RETRY_S, _LAST_RETRY_S = 0.5, 30.0
+_to_json = json.JSONEncoder(allow_nan=False).encode
 
 
 class ResultWriter:
@@ -75,7 +76,7 @@ class ResultWriter:
           BrokenPipeError: nobody reads standard output any more.
         """
         self._raise_failure()
-        data = json.dumps(line, allow_nan=False).encode() + b"\n"
+        data = _to_json(line).encode() + b"\n"
         with self._changed:
             self._queue.append((self._places[0 if succeeded else -1], data))
             self._changed.notify_all()

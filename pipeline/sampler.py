@@ -18,15 +18,22 @@ from .text import TokenBytes
 from .weights import zeros
 
 _greedy = jit(sampling.greedy)
+_checked_greedy = jit(lambda logits: jnp.where(_finite(logits), sampling.greedy(logits), _NOT_FINITE))
 _sample = jit(sampling.sample)
 _sample_filtered = jit(sampling.sample_filtered)
 _penalize = jit(sampling.penalize)
 _suppress = jit(sampling.suppress)
 _top_logprobs = jit(sampling.top_logprobs, static_argnames="k")
 _token_logprobs = jit(sampling.token_logprobs)
-_finite_rows = jit(lambda logits: jnp.all(jnp.isfinite(logits), axis=1))
+_finite_rows = jit(lambda logits: _finite(logits))
 
 _SUPPRESSED = 8  # ids forbidden at once, padded to a multiple of this
+_NOT_FINITE = -1  # in the place of a token
+
+
+def _finite(logits: jax.Array) -> jax.Array:
+    """[B, V] to [B] bool."""
+    return jnp.all(jnp.isfinite(logits), axis=1)
 
 
 class Sampler:
@@ -39,6 +46,7 @@ class Sampler:
     def warm_up(self, num_rows: int, params: Sequence[SamplingParams]) -> None:
         """Compiles the kernels that requests like these will need."""
         logits = zeros((num_rows, self._vocab_size))
+        _checked_greedy(logits)
         _greedy(logits)
         _finite_rows(logits)
         if any(not p.greedy for p in params):
@@ -65,11 +73,13 @@ class Sampler:
 
     def choose(self, logits: jax.Array, rows: Sequence[tuple[int, Continuation]]) -> dict[int, int]:
         """The next token of each (row, continuation); notes logprobs in those that want them."""
+        if all(c.plain for _, c in rows):  # the ordinary case: one call, and one look at each row
+            found = np.asarray(_checked_greedy(logits)).tolist()
+            _fail_rows([c for row, c in rows if found[row] == _NOT_FINITE])
+            return {row: found[row] for row, _ in rows if found[row] != _NOT_FINITE}
         original = logits
         finite = np.asarray(_finite_rows(logits))
-        for row, continuation in rows:
-            if not finite[row]:
-                continuation.fail("the model's scores are NaN or infinite; `inflash verify` tells whether the store is damaged")
+        _fail_rows([c for row, c in rows if not finite[row]])
         rows = [(row, c) for row, c in rows if c.finish_reason is None]
         if not rows:
             return {}
@@ -157,3 +167,8 @@ class Sampler:
 
     def _text(self, token: int) -> str | None:
         return None if self._token_bytes is None else self._token_bytes.text(token)
+
+
+def _fail_rows(continuations: Sequence[Continuation]) -> None:
+    for continuation in continuations:
+        continuation.fail("the model's scores are NaN or infinite; `inflash verify` tells whether the store is damaged")

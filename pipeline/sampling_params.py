@@ -104,6 +104,11 @@ class SamplingParams:
         """Whether some penalty changes the logits."""
         return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
 
+    @property
+    def plain(self) -> bool:
+        """Whether the most likely token is all that is asked for."""
+        return self.greedy and not self.penalized and self.logprobs is None and not self.min_tokens
+
     @classmethod
     def from_defaults(cls, generation_config: Mapping[str, Any], **given: Any) -> "SamplingParams":
         """What was given, and the model's own defaults for the rest.
@@ -122,10 +127,11 @@ class SamplingParams:
         given = {name: value for name, value in given.items() if value is not None}
         defaults = {ours: generation_config.get(theirs) for theirs, ours in GENERATION_CONFIG.items()}
         defaults = {name: value for name, value in defaults.items() if value is not None}
-        try:
-            cls(**defaults)
-        except InflashError as error:
-            raise InflashError(f"generation_config.json: {error}; correct the model's file") from error
+        if defaults:
+            try:
+                cls(**defaults)
+            except InflashError as error:
+                raise InflashError(f"generation_config.json: {error}; correct the model's file") from error
         return cls(**{**defaults, **given})
 
     def _integer(self, name: str, least: int, most: int) -> None:
@@ -171,4 +177,6 @@ def _is_token_id(token: Any) -> bool:
 
 
 def _is_number(value: Any, kind: type) -> bool:
+    if type(value) in (int, float):  # nearly always; the abstract classes take ten times as long
+        return kind is Real or type(value) is int
     return isinstance(value, kind) and not isinstance(value, bool)

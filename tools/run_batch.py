@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from ..pipeline.run_size import RunSize
 
 DONE, STOPPED = 0, 3
+_COLLECTED_EVERY = 20_000  # objects; a run makes few cycles, and JAX does work of its own at each collection
 FREE_OPTIONS = frozenset(
     {"prefetch", "overlap", "merge_gap", "loaders", "queue_depth", "verify", "max_num_seqs", "max_model_len"}
 )
@@ -202,10 +203,13 @@ def _answer(arguments: argparse.Namespace, run: "BatchRun", size: "RunSize", sta
             bar.update(0)
 
         gc.freeze()  # modules and compiled kernels stay: no collection needs to go through them again
+        thresholds = gc.get_threshold()
+        gc.set_threshold(_COLLECTED_EVERY, *thresholds[1:])
         try:
             with _told_as_failures():
                 run.run(size, on_tokens, bar.update)
         finally:
+            gc.set_threshold(*thresholds)
             gc.unfreeze()
 
 

@@ -3,11 +3,16 @@
     python tests/integration/batch_many.py --requests 10000
 
 One JSON document on standard output. Memory is the proportional share (PSS) of the engine and its loaders together, the median of the
-samples of each thousand requests. With --py-spy FILE, a py-spy program looks at the engine's threads, native frames too, during the last
-quarter; the document then says for which parts of its time the main thread was in a kernel, waiting, or in Python. Small kernels run in the
-thread that starts them, so a sample counts as a kernel where XLA's runtime for the CPU, Eigen, the native kernels or a frame of no
-library (what XLA has compiled) is in its stack; else as a wait where its innermost frame waits for the system; all else is Python, starting
-kernels, collecting garbage and giving memory back included. Each look stops the process for a while: take seconds from a run without.
+samples of each thousand requests. `main_thread` has what the operating system counted for the main thread after the first quarter:
+shares of its time on a core, ready but without one, and asleep. Nobody looks on for that, and Python cannot take more than the first two.
+
+With --py-spy FILE, a py-spy program looks at the engine's threads, native frames too, after the first quarter; the document then says for
+which parts of its time the main thread was in a kernel, waiting, or in Python. Small kernels run in the thread that starts them, so a
+sample counts as a kernel where XLA's runtime for the CPU, Eigen, the native kernels or a frame of no library (what XLA has compiled) is in
+its stack; else as a wait where its innermost frame waits for the system; all else is Python, starting kernels, collecting garbage and
+giving memory back included. Each look stops all threads for some 5 ms while disk and loaders go on, so it looks ten times a second only:
+with a hundred looks the main thread was found in Python for half of its time when it was on a core for an eighth. Take seconds from a run
+without.
 """
 
 import argparse
@@ -30,7 +35,7 @@ from inflash.storage.store import open_store
 from inflash.tools.demo import EMBEDDED, PREDICTOR
 
 EVERY_S = 0.5
-PROFILED_S = 20
+LOOKS_A_SECOND = 10
 WAITS = ("syscall ", "poll ", "epoll_", "futex", "pthread_cond_", "sem_", "__futex", "clock_nanosleep")  # innermost frames
 KERNELS = ("xla::cpu::", "kernels-", "Eigen::")  # anywhere in the stack
 
@@ -55,7 +60,30 @@ def proportional_bytes(pid: int) -> int:
     return total
 
 
-def watch(process: subprocess.Popen[bytes], output: Path, count: int, py_spy: str | None, stacks: Path) -> dict[int, list[int]]:
+class ThreadTimes:
+    """What the operating system counts for a process's main thread, from the first look on."""
+
+    def __init__(self) -> None:
+        self._first: tuple[float, ...] | None = None
+        self._last: tuple[float, ...] = ()
+
+    def look(self, pid: int) -> None:
+        on_core_ns, ready_ns, _ = map(int, Path(f"/proc/{pid}/schedstat").read_text().split())
+        self._last = (time.monotonic(), on_core_ns / 1e9, ready_ns / 1e9)
+        self._first = self._first or self._last
+
+    def shares(self) -> dict[str, float] | None:
+        """None where there was no time between the first look and the last."""
+        if self._first is None or self._last == self._first:
+            return None
+        seconds, on_core, ready = (last - first for first, last in zip(self._first, self._last, strict=True))
+        shares = {"on_core": on_core / seconds, "ready": ready / seconds, "asleep": 1 - (on_core + ready) / seconds}
+        return {name: round(share, 3) for name, share in shares.items()}
+
+
+def watch(
+    process: subprocess.Popen[bytes], output: Path, count: int, py_spy: str | None, stacks: Path, times: ThreadTimes
+) -> dict[int, list[int]]:
     """Bytes seen while so many thousands of requests were answered."""
     seen: dict[int, list[int]] = {}
     profiler, file, answered = None, None, 0
@@ -67,11 +95,13 @@ def watch(process: subprocess.Popen[bytes], output: Path, count: int, py_spy: st
         if answered:
             try:
                 seen.setdefault(answered // 1000, []).append(proportional_bytes(process.pid))
+                if 0.25 * count < answered < count:
+                    times.look(process.pid)
             except (FileNotFoundError, ProcessLookupError):
                 break  # it has just ended
-        if py_spy and profiler is None and answered > 0.75 * count:
+        if py_spy and profiler is None and answered > 0.25 * count:
             words = [py_spy, "record", "--native", "--threads", "--idle", "--format", "raw", "--output", str(stacks)]
-            words += ["--pid", str(process.pid), "--duration", str(PROFILED_S)]
+            words += ["--pid", str(process.pid), "--rate", str(LOOKS_A_SECOND)]
             profiler = subprocess.Popen(words, stdout=subprocess.DEVNULL)
     if profiler is not None:
         profiler.wait(120)
@@ -119,7 +149,8 @@ def main() -> None:
         words += ["--model", str(store), "--max-num-seqs", str(arguments.max_num_seqs), "--json"]
         began = time.monotonic()
         process = subprocess.Popen(words, stdout=subprocess.PIPE)
-        seen = watch(process, output, arguments.requests, arguments.py_spy, folder / "stacks")
+        times = ThreadTimes()
+        seen = watch(process, output, arguments.requests, arguments.py_spy, folder / "stacks", times)
         said, _ = process.communicate()
         assert process.returncode == 0
         answers = [json.loads(line) for line in output.read_bytes().splitlines()]
@@ -130,6 +161,7 @@ def main() -> None:
             "seconds": round(time.monotonic() - began, 1),
             "mib_by_thousand": {str(thousand): round(statistics.median(values) / 2**20, 1) for thousand, values in seen.items()},
             "run": json.loads(said),
+            "main_thread": times.shares(),
             "profile": main_thread_shares(folder / "stacks") if arguments.py_spy else None,
             "processors": os.cpu_count(),
         }

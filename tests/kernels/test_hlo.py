@@ -164,6 +164,10 @@ def block_tables(batch: int) -> jax.ShapeDtypeStruct:
     return i32(batch, C // SIZE)
 
 
+def places(batch: int) -> jax.ShapeDtypeStruct:
+    return i32(batch, 1 + C // SIZE)
+
+
 def signs(batch: int) -> Lowered:
     return predictors._predict_signs.lower(
         f32(batch, D), signs=jax.ShapeDtypeStruct((F, D // 8), jnp.uint8), scale=f32(F), bias=f32(F), threshold=f32(1)
@@ -244,7 +248,7 @@ def test_native_forms_are_given_weights_where_they_lie(native_form: None) -> Non
 
 def test_native_attention_is_given_the_donated_cache_where_it_lies(native_form: None) -> None:
     batch = 4
-    arguments = (f32(batch, D), layer_weights(), cache(batch), cache(batch), block_tables(batch), i32(batch), SHAPE)
+    arguments = (f32(batch, D), layer_weights(), cache(batch), cache(batch), places(batch), SHAPE)
     compiled = kv_cache._attention_decode.lower(*arguments, num_positions=C).compile()
     assert "inflash_attend" in compiled.as_text()
     assert not copies(compiled, min(batch * C * D, D * D), cache=batch * C * D)
@@ -254,7 +258,7 @@ def test_native_attention_is_given_the_donated_cache_where_it_lies(native_form: 
 @pytest.mark.parametrize("positions", [C, C // 2])
 @pytest.mark.parametrize("batch", BATCHES)
 def test_decoding_writes_the_donated_cache_in_place(batch: int, positions: int) -> None:
-    arguments = (f32(batch, D), layer_weights(), cache(batch), cache(batch), block_tables(batch), i32(batch), SHAPE)
+    arguments = (f32(batch, D), layer_weights(), cache(batch), cache(batch), places(batch), SHAPE)
     compiled = kv_cache._attention_decode.lower(*arguments, num_positions=positions).compile()
     looked_at = batch * positions * D
     assert not copies(compiled, min(looked_at, D * D), cache=batch * C * D)
@@ -264,8 +268,8 @@ def test_decoding_writes_the_donated_cache_in_place(batch: int, positions: int) 
 
 @pytest.mark.parametrize("batch", [1, 8])
 def test_prompts_write_the_donated_cache_in_place(batch: int) -> None:
-    tokens = (i32(64), i32(64), i32(64, 4), i32())  # whose, where, and their pieces
-    arguments = (f32(64, D), layer_weights(), cache(batch), cache(batch), block_tables(batch), *tokens, SHAPE)
+    tokens = i32(6, 64)  # whose, where, and their pieces
+    arguments = (f32(64, D), layer_weights(), cache(batch), cache(batch), block_tables(batch), tokens, SHAPE)
     compiled = kv_cache._attention_chunk.lower(*arguments).compile()
     whole = batch * C * D
     if batch > 1:  # one short sequence's cache is as large as what is made of its weights

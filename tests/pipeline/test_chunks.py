@@ -27,9 +27,9 @@ def test_every_token_passes_once_in_order(lengths: list[tuple[int, int]], most_t
             assert all(chunk.sequences[chunk.count :] >= len(lengths))
             columns = (chunk.sequences, chunk.positions, chunk.token_ids)
             seen += list(zip(*(column[: chunk.count].tolist() for column in columns), strict=True))
-            assert chunk.pieces[: chunk.num_pieces, 3].sum() == chunk.count
+            assert chunk.pieces[:, 3].sum() == chunk.count
             place = 0
-            for sequence, start, row, count in chunk.pieces[: chunk.num_pieces].tolist():
+            for sequence, start, row, count in chunk.pieces.tolist():
                 assert row == place and 0 < count <= PIECE
                 attending += [(sequence, start + i) for i in range(count)]
                 place += count

@@ -59,7 +59,7 @@ def test_whoever_shares_a_block_comes_after_it_is_written(
             start, end = cache.num_cached[part.row], len(part.token_ids)
             assert start < end and (part.is_last or (end - start) % BLOCK_SIZE == 0)
             num_tokens += end - start
-            table = cache.tables(np.ones(3, bool))[part.row]
+            table = cache.tables()[part.row]
             assert [written[table[at // BLOCK_SIZE], at % BLOCK_SIZE] for at in range(start)] == part.token_ids[:start].tolist()
             written |= {(table[at // BLOCK_SIZE], at % BLOCK_SIZE): part.token_ids[at] for at in range(start, end)}
             if part.continuation not in begun:
@@ -73,6 +73,25 @@ def test_whoever_shares_a_block_comes_after_it_is_written(
                 slots[row] = None
                 cache.release(row)
     assert begun == order and len(complete) == len(order)
+
+
+def test_a_pass_waits_until_idle_slots_have_cost_half_a_step() -> None:
+    cache = KVCache(model_config(), SHAPE, 8, MAX_LENGTH, num_layers=0)
+    cache.clear()
+    waiting = deque(continuation(number, [5] * (3 + number), 4) for number in range(13))
+    slots: list[Continuation | None] = [None] * 8
+    passes = PromptPasses(cache, 1024)
+    assert len(passes.next_pass(slots, waiting)) == 8  # nobody decodes: at once
+
+    def begun(*ended: int) -> list[int]:
+        for row in ended:
+            cache.release(row)
+            slots[row] = None
+        return [part.row for part in passes.next_pass(slots, waiting)]
+
+    assert [begun(3), begun(), begun(), begun()] == [[], [], [], [3]]  # 1 + 1 + 1 + 1 of 8 slots
+    assert [begun(0), begun(5, 6)] == [[], [0, 5, 6]]  # 1 + 3
+    assert begun(*range(8)) == [0]  # the last one, and nobody decodes
 
 
 @pytest.fixture(scope="module")
