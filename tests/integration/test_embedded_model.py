@@ -24,7 +24,7 @@ from inflash.tools.demo_corpus import held_out_half
 
 pytestmark = [pytest.mark.integration, pytest.mark.filterwarnings(BUFFERED)]
 
-NUM_TOKENS = 256
+NUM_TOKENS = 128
 GREEDY = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True)
 OPTIONS: dict[str, Any] = {"compute_dtype": "float32", "max_num_seqs": 8}
 
