@@ -115,7 +115,8 @@ def train(output: Path, config: DemoConfig, steps: int, batch: int, seed: int) -
         latest = manager.latest_step()
         if latest is not None:
             restored = manager.restore(latest, args=ocp.args.StandardRestore(state))
-            state = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)), restored)  # bound to no device, or `update` compiles again
+            # Bound to no device, as at the beginning, or `update` would compile again.
+            state = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)), restored)
             print(f"resumed at step {latest}", flush=True)
         start, began = int(state["step"]), time.perf_counter()
         for step in range(start, steps):

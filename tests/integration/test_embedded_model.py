@@ -76,7 +76,8 @@ def refuses_direct(store: Store) -> bool:
 @pytest.mark.parametrize("cache", [{"cache_neurons": 0.25}, {"policy": "window", "window": 4}], ids=["quarter", "window"])
 def test_sparse_text_is_dense_text(store: Store, prompts: list[str], dense, cache: dict[str, Any]) -> None:
     with LLM(store.path, ffn="sparse", predictor="exact", path="sparse", **cache, **OPTIONS) as llm:
-        ended = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, stop_token_ids=[*range(llm.config.vocab_size)])  # by its first token
+        # Every token ends the first, whose length has the kernels compiled that are measured below.
+        ended = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, stop_token_ids=[*range(llm.config.vocab_size)])
         llm.generate(prompts, [ended] + 7 * [SamplingParams(temperature=0, max_tokens=2)])  # every loader has opened every file
         pool = llm.engine.pool
         before = settle(llm), pool.bytes_requested, loaders_read_bytes(llm) - pool.counters()["gap_bytes"]
