@@ -93,11 +93,15 @@ def cut(start: int, stop: int) -> list[tuple[int, int, int]]:
     """(start, stop, size) of chunks for these rows: the largest size that is not mostly padding, which costs as much as tokens."""
     chunks = []
     while start < stop:
-        left = stop - start
-        size = next((size for size in reversed(CHUNK_SIZES) if left > 3 * size // 4), CHUNK_SIZES[0])
+        size = sizes_for(stop - start)[-1]
         chunks.append((start, min(start + size, stop), size))
         start += size
     return chunks
+
+
+def sizes_for(most_tokens: int) -> list[int]:
+    """Sizes of the chunks that so many tokens, or fewer, are cut into."""
+    return [size for size in CHUNK_SIZES if size == CHUNK_SIZES[0] or most_tokens > 3 * size // 4]
 
 
 def num_tokens(chunks: Sequence[Chunk]) -> int:

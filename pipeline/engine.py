@@ -22,9 +22,9 @@ from ..storage.readers import DirectReader
 from ..storage.store import Store
 from . import native_library
 from .block_pool import BLOCK_SIZE
-from .chunks import Chunk, num_tokens, pack_prompts
+from .chunks import Chunk, num_tokens, pack_prompts, sizes_for
 from .feed_forward import Tile
-from .fixed_shapes import CHUNK_SIZES, SMALLEST_CAPACITY, capacity_for, doublings, fitting
+from .fixed_shapes import SMALLEST_CAPACITY, capacity_for, doublings, fitting
 from .host_memory import check_fits, keep_one_arena, trim
 from .kv_cache import KVCache, num_cache_blocks
 from .layered_feed_forward import LayeredFeedForward
@@ -362,7 +362,7 @@ class Engine:
                 tile = predicted
         self.neurons.warm_up_step(tile)
         self.matrices.warm_up(x)
-        for size in CHUNK_SIZES:
+        for size in sizes_for(self.kv_cache.num_positions):
             chunk = Chunk.pack(nobody, nobody, nobody, size)
             for weights in examples:
                 tile = self._attend(0, weights, self.kv_cache.tables(), chunk, zeros((size, self.config.d_model)))

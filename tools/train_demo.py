@@ -108,13 +108,15 @@ def train(output: Path, config: DemoConfig, steps: int, batch: int, seed: int) -
     state = {
         "parameters": parameters,
         "optimizer": optimizer.init(parameters),
-        "penalty": jnp.full(config.num_layers, PENALTY_START),
+        "penalty": jnp.full(config.num_layers, PENALTY_START, jnp.float32),
         "step": jnp.int32(0),
     }
     with ocp.CheckpointManager(output.absolute() / "checkpoints", options=ocp.CheckpointManagerOptions(max_to_keep=2)) as manager:
         latest = manager.latest_step()
         if latest is not None:
-            state = manager.restore(latest, args=ocp.args.StandardRestore(state))
+            restored = manager.restore(latest, args=ocp.args.StandardRestore(state))
+            # Bound to no device, as at the beginning, or `update` would compile again.
+            state = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)), restored)
             print(f"resumed at step {latest}", flush=True)
         start, began = int(state["step"]), time.perf_counter()
         for step in range(start, steps):

@@ -16,6 +16,8 @@ from inflash.storage.store import Store
 pytestmark = pytest.mark.filterwarnings(BUFFERED)
 
 TOLERANCE = 1e-4
+ALONE = ("plain", "350m", "untied")
+"""Also one sequence: the others differ from these in sizes, which the kernels' tests try with one sequence, and compiling takes time."""
 MODES: dict[str, dict[str, Any]] = {
     "naive": {"ffn": "naive"},
     "hybrid": {"ffn": "hybrid"},
@@ -43,12 +45,13 @@ def test_logits_equal_those_of_transformers(store: Store, variant: str, mode: st
     assert len({len(text) for text in texts}) == 5
     halves = [max(1, len(text) // 2) for text in texts]
     with Engine(store, EngineOptions(**MODES[mode], loaders=1, queue_depth=2)) as engine:
-        engine.prepare(1, 64)
-        for text, logits in zip(texts, expected, strict=True):
-            np.testing.assert_allclose(engine.all_logits(text), logits, rtol=0, atol=TOLERANCE)
-        (alone,) = teacher_forced(engine, texts[-1:], halves[-1:])
-        np.testing.assert_allclose(alone, expected[-1][halves[-1] - 1 :], rtol=0, atol=TOLERANCE)
+        if variant in ALONE:
+            engine.prepare(1, 64)
+            (alone,) = teacher_forced(engine, texts[-1:], halves[-1:])
+            np.testing.assert_allclose(alone, expected[-1][halves[-1] - 1 :], rtol=0, atol=TOLERANCE)
 
         engine.prepare(5, 64)
+        for text, logits in zip(texts, expected, strict=True):
+            np.testing.assert_allclose(engine.all_logits(text), logits, rtol=0, atol=TOLERANCE)
         for found, logits, half in zip(teacher_forced(engine, texts, halves), expected, halves, strict=True):
             np.testing.assert_allclose(found, logits[half - 1 :], rtol=0, atol=TOLERANCE)

@@ -125,13 +125,14 @@ def test_interrupting_leaves_nothing(store: Store) -> None:
         [sys.executable, "-c", f"{program}sys.exit(main({command[3:]!r} + ['--tokens', '300', '--rows', 'window']))"],
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,
     ) as process:
         deadline = time.monotonic() + 60
         while not any(path.name.startswith(".store.split") for path in store.path.parent.iterdir()):
             assert time.monotonic() < deadline and process.poll() is None
             time.sleep(0.02)
         time.sleep(0.5)
-        os.kill(process.pid, signal.SIGINT)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
         assert process.wait(timeout=30) == 130
     assert sorted(path.name for path in store.path.parent.iterdir()) == before
 
