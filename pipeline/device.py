@@ -18,13 +18,16 @@ from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from .. import __version__
 from ..errors import InflashError
 from ..storage.read_rate import worthwhile_gap
 from . import native_library
 
-KERNELS = ("attention", "head", "predictor", "two predictors", "gather", "block", "dense")
-"""What a step calls: a layer's attention, the output head, predictors, neurons by slot, streamed in blocks, and all of a layer's."""
+KERNELS = ("attention", "keys and values", "head", "predictor", "two predictors", "gather", "block", "dense")
+"""What a step calls: a layer's attention without what it looks back on, that, the output head, predictors, neurons by slot, streamed in
+blocks, and all of a layer's."""
 
 GROUP_SIZE = 8
 """Sequences that a native kernel takes through picked neurons together, those of each group only through what they name."""
@@ -133,6 +136,7 @@ class Device:
       stream_bytes_per_s: of neurons that a loader reads in order, rows apart; matrices come at the state's.
       dram_bytes_per_s: by number of threads that read.
       kernels: for each of KERNELS what it takes, by number of sequences.
+      layer_s: of a layer, by number of sequences, beyond all these: what is between kernels.
       placing: of the neuron cache: `fixed_s` a call, and "bytes" are neurons.
       asking: of the engine's time for a request to loaders, and for giving out its slots, beyond placing; "bytes" are neurons.
       request_s: from asking a loader for one neuron until it is there, beyond the read itself.
@@ -147,6 +151,7 @@ class Device:
     stream_bytes_per_s: float
     dram_bytes_per_s: Mapping[int, float]
     kernels: Mapping[str, Mapping[int, KernelTimes]]
+    layer_s: Mapping[int, float]
     placing: Rate
     asking: Rate
     request_s: float
@@ -164,6 +169,11 @@ class Device:
         if high == low:
             return first * max(1.0, num_seqs / low) if num_seqs > low else first
         return first + (second - first) * (num_seqs - low) / (high - low)
+
+    def between_s(self, num_seqs: int) -> float:
+        """`layer_s` for so many sequences: between those that were measured, the nearest beyond."""
+        batches = sorted(self.layer_s)
+        return float(np.interp(num_seqs, batches, [self.layer_s[batch] for batch in batches]))
 
     def gather_s(self, num_seqs: int, num_bytes: float, group_share: float) -> float:
         """`kernel_s` of neurons by slot that each sequence names some of; a group names `group_share` of what all do together."""
@@ -209,6 +219,7 @@ class Device:
                 name: {batch: each.slower(kernels[batch]) for batch, each in times.items()}
                 for name, times in self.kernels.items()
             },
+            layer_s={batch: processor * seconds for batch, seconds in self.layer_s.items()},
             placing=self.placing.slower(processor),
             asking=self.asking.slower(processor),
             request_s=processor * self.request_s,
@@ -225,6 +236,7 @@ class Device:
         fields["state"] = MachineState.from_json(fields["state"])
         fields["read_curve"] = tuple(ReadPoint(**point) for point in fields["read_curve"])
         fields["dram_bytes_per_s"] = {int(threads): rate for threads, rate in fields["dram_bytes_per_s"].items()}
+        fields["layer_s"] = {int(batch): seconds for batch, seconds in fields["layer_s"].items()}
         fields["kernels"] = {
             name: {int(batch): KernelTimes(tuple((size, s) for size, s in each["points"])) for batch, each in times.items()}
             for name, times in fields["kernels"].items()
@@ -261,7 +273,7 @@ def assumed_device() -> Device:
     """Figures like those of a two-core virtual machine with a virtio disk, for where nothing was measured."""
     curve = {(4 << 10, 1): 40e6, (4 << 10, 128): 250e6, (16 << 10, 1): 130e6, (16 << 10, 128): 700e6}
     curve |= {(128 << 10, 1): 500e6, (128 << 10, 128): 1500e6, (1 << 20, 1): 900e6, (1 << 20, 128): 1500e6}
-    rates = {"attention": 23e9, "head": 26e9, "predictor": 20e9, "two predictors": 20e9, "gather": 14e9}
+    rates = {"attention": 23e9, "keys and values": 20e9, "head": 26e9, "predictor": 20e9, "two predictors": 20e9, "gather": 14e9}
     rates |= {"block": 15e9, "dense": 15e9}
     return Device(
         state=MachineState(kernel_s={1: 5.8e-3, 8: 1.2e-2}, processor_s=5e-3, random_bytes_per_s=450e6, stream_bytes_per_s=1.4e9),
@@ -276,6 +288,7 @@ def assumed_device() -> Device:
             }
             for name, rate in rates.items()
         },
+        layer_s={1: 1e-4, 8: 2e-4},
         placing=Rate(fixed_s=1.2e-4, bytes_per_s=1e7),
         asking=Rate(fixed_s=1e-4, bytes_per_s=2e6),
         request_s=1e-4,
