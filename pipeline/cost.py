@@ -148,7 +148,7 @@ class _Walk:
         seqs = min(num_seqs, max(self._device.kernels["keys and values"]))  # for more, what these take is multiplied
         self._attention_s = self._kernel("attention", 4 * config.d_model**2 * model.item_bytes)
         self._attention_s += self._kernel("keys and values", seqs * positions * 8 * config.d_model)
-        self._between_s = slowdown * self._device.between_s(num_seqs)
+        self._between_s, self._disturbed_s = self._device.between_s(num_seqs), self._device.disturbance_s(num_seqs)
         self._head_s = self._kernel("head", config.vocab_size * config.embed_dim * model.item_bytes)
         self._rows = block_rows(model.store, plan.block_bytes)
         self.now = self.wait = self.memory = self.compute = self.processor = self.reads = self.num_bytes = 0.0
@@ -243,6 +243,7 @@ class _Walk:
     def _place(self, neurons: float, missing: float) -> None:
         """Fewer than one missing neuron a step is a request in so many steps."""
         device = self._device
+        self._compute(min(missing, 1.0) * self._disturbed_s)
         asking = min(missing, 1.0) * device.asking.seconds(max(missing, 1.0))
         seconds = self._slowdown * (device.placing.seconds(neurons) + asking)
         self.now += seconds

@@ -32,7 +32,7 @@ WIDTHS = (256, 1024, 2048, 4096)
 """d_model of the kernels; d_ff is four times as much."""
 _TOLD = (1 << 20, 8 << 20, 64 << 20)
 _BUNDLE_BYTES, _FILE_MIB = 8 << 10, 384
-_CURVE_S, _KERNEL_S = 0.4, 0.25
+_CURVE_S, _KERNEL_S = 0.3, 0.12
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -79,7 +79,7 @@ def measure(scratch: Path, folder: Path) -> Any:
         state = replace(MachineState.between(states), kernel_s=pace)
         streamed = streaming(store, yardstick, state, BATCHES)
         bar.update()
-        fetched = fetching(own, yardstick, state, BATCHES)
+        fetched = fetching(own, yardstick, state)
         bar.update()
         device = Device(
             state=state,
@@ -87,8 +87,9 @@ def measure(scratch: Path, folder: Path) -> Any:
             cores=len(os.sched_getaffinity(0)),
             read_curve=_curve_in(state, curve),
             dram_bytes_per_s=_dram(),
-            kernels=kernels | {"gather": fetched.pop("gather"), "block": streamed.pop("block")},
+            kernels=kernels | {"block": streamed.pop("block")},
             layer_s=dict.fromkeys(BATCHES, 0.0),
+            disturbed_s=dict.fromkeys(BATCHES, 0.0),
             loader_share=1.0,
             **streamed,
             **fetched,
@@ -105,7 +106,7 @@ def _curve(
     """Random reads: size, how many under way, bytes a second and the machine's state then; and all states that were seen."""
     from ..pipeline.device import MachineState
 
-    curve, states = [], [yardstick.measure() for _ in range(3)]
+    curve, states = [], [yardstick.measure() for _ in range(2)]
     for size in SIZES:
         rates = []
         for number, depth in enumerate(DEPTHS):
@@ -141,7 +142,7 @@ def _kernels(yardstick: Any) -> tuple[dict[str, Any], Any]:
         "predictor": "predictor",
         "two predictors": "predictor and look-ahead",
     }
-    names |= {"dense": "dense_ffn"}
+    names |= {"gather": "gathered_ffn", "dense": "dense_ffn"}
     wanted = (*names.values(), "attention")
     one: dict[int, float] = dict.fromkeys(BATCHES, 1.0)  # looking at the pace would push the small ones out of the caches
     small, _ = kernel_seconds(WIDTHS[:1], BATCHES, wanted, _KERNEL_S, lambda: one)

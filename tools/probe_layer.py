@@ -16,7 +16,7 @@ from ..storage.read_rate import read_rate
 from ..storage.store import Store
 
 _HITS = (64, 512, 2048)  # predicted neurons of a step
-_REPETITIONS = 16
+_REPETITIONS = 10
 _SWEPT_BYTES = 48 << 20
 _STREAMED_BYTES, _MOST_STREAMED, _WARMED_BYTES = 256 << 20, 64, 2 << 30
 _FETCHED = 1024  # neurons that loaders are asked for at once
@@ -83,14 +83,13 @@ class _Layer:
             predicted = on_device(mask)
         return Tile(residual=x, ffn_in=x, active=np.ones(num_seqs, bool), predicted=predicted)
 
-    def timed_step(self, num_seqs: int, neuron_ids: np.ndarray) -> tuple[float, float, int]:
-        """A step with these neurons predicted: its seconds, those of them for placing, and how many neurons were missing."""
+    def timed_step(self, num_seqs: int, neuron_ids: np.ndarray) -> tuple[float, int]:
+        """A step with these neurons predicted: seconds for placing them, and how many were missing."""
         tile = self.tile(num_seqs, neuron_ids)
         self._other.sum()  # in a run, a layer's weights have gone through the processor's caches before
-        before, began = self.times.copy(), time.perf_counter()
+        before = self.times.copy()
         self.neurons.add_step(0, tile).block_until_ready()
-        elapsed = time.perf_counter() - began
-        return elapsed, (self.times.memory_ns - before.memory_ns) / 1e9, self.times.misses - before.misses
+        return (self.times.memory_ns - before.memory_ns) / 1e9, self.times.misses - before.misses
 
     def fetch(self, neuron_ids: np.ndarray) -> float:
         """Seconds until loaders have read these neurons, asked for at once."""
@@ -132,7 +131,7 @@ def streaming(store: Store, yardstick: Any, state: Any, batches: Sequence[int]) 
             tile = layer.tile(batch)
             layer.neurons.add_step(0, tile).block_until_ready()
             samples = []
-            for turn in range(4):
+            for turn in range(3):
                 now = yardstick.measure()
                 began, waited, used = time.perf_counter(), layer.pool.wait_ns, layer.processor_s()
                 for number in range(layers):  # others than the last time, as far as there are
@@ -151,48 +150,33 @@ def streaming(store: Store, yardstick: Any, state: Any, batches: Sequence[int]) 
     return {"stream_bytes_per_s": max(rates), "stream_cpu_s": processor / num_bytes, "block": kernels}
 
 
-def fetching(store: Store, yardstick: Any, state: Any, batches: Sequence[int]) -> dict[str, Any]:
-    """Steps of predicted neurons through a cache: all there, then all missing."""
-    from ..pipeline.device import KernelTimes, Rate
+def fetching(store: Store, yardstick: Any, state: Any) -> dict[str, Any]:
+    """What the cache's own work takes, and loaders' for one neuron."""
     from ..pipeline.plan import CACHED
 
-    d_ff, size = store.config.d_ff, store.bundles.bundle_bytes
+    d_ff = store.config.d_ff
     rng = np.random.default_rng(0)
     slots = d_ff // 2
     hot = np.sort(rng.choice(d_ff, slots - max(_HITS), replace=False)).astype(np.int32)
-    gathers: dict[int, Any] = {}
     with _Layer(store, CACHED, slots) as layer:
         assert layer.neurons.cached is not None
         tile = layer.tile(1, hot)
         layer.neurons.cached.warm_up(tile)
         layer.neurons.add_step(0, tile).block_until_ready()  # large parts of the cache are filled
         placing = {count: [] for count in _HITS}
-        for batch in batches:
-            seconds = {count: [] for count in _HITS}
-            layer.neurons.cached.warm_up(layer.tile(batch, hot[:1]))
-            now = yardstick.measure()
-            for turn in range(_REPETITIONS):
-                if turn % 6 == 5:
-                    now = yardstick.measure()
-                for count in _HITS:
-                    elapsed, memory, missing = layer.timed_step(batch, np.sort(rng.choice(hot, count, replace=False)))
-                    if turn and not missing:
-                        seconds[count].append((elapsed - memory) * state.kernel_s[batch] / now.kernel_s[batch])
-                        placing[count].append(memory * state.processor_s / now.processor_s)
-            # A line: what is split into two calls, at whatever place, costs one call more.
-            medians = [statistics.median(seconds[count]) for count in _HITS]
-            gathers[batch] = KernelTimes.along(_line([count * size for count in _HITS], medians))
+        now = yardstick.measure()
+        for turn in range(_REPETITIONS):
+            if turn % 5 == 4:
+                now = yardstick.measure()
+            for count in _HITS:
+                memory, missing = layer.timed_step(1, np.sort(rng.choice(hot, count, replace=False)))
+                if turn and not missing:
+                    placing[count].append(memory * state.processor_s / now.processor_s)
         place = _line(_HITS, [statistics.median(placing[count]) for count in _HITS])
         single, processor = _missing(layer, rng, hot)
         processor *= state.processor_s / yardstick.measure().processor_s
         ask = _asking(layer, rng, hot, place, yardstick, state)
-    return {
-        "gather": gathers,
-        "placing": Rate(fixed_s=place.fixed_s, bytes_per_s=place.bytes_per_s),
-        "asking": ask,
-        "request_s": single,
-        "read_cpu_s": processor,
-    }
+    return {"placing": place, "asking": ask, "request_s": single, "read_cpu_s": processor}
 
 
 def _asking(layer: _Layer, rng: np.random.Generator, hot: np.ndarray, place: Any, yardstick: Any, state: Any) -> Any:
@@ -201,10 +185,10 @@ def _asking(layer: _Layer, rng: np.random.Generator, hot: np.ndarray, place: Any
     seconds = {count: [] for count in _HITS}
     now = yardstick.measure()
     for turn in range(_REPETITIONS):
-        if turn % 8 == 7:
+        if turn % 5 == 4:
             now = yardstick.measure()
         for count in _HITS:
-            _, memory, missing = layer.timed_step(1, np.sort(rng.choice(others, count, replace=False)))
+            memory, missing = layer.timed_step(1, np.sort(rng.choice(others, count, replace=False)))
             if missing > count / 2:
                 seconds[count].append(memory * state.processor_s / now.processor_s - place.seconds(count))
     return _line(_HITS, [max(statistics.median(seconds[count]), 1e-5) for count in _HITS])

@@ -1,13 +1,13 @@
 """A small model run for real, as the last of what `inflash probe` measures: what the sum of a step's parts leaves out.
 
 Each part of a step was timed on its own. In a run they follow one another, the interpreter is between them, and loaders have to share the
-processors with kernels. So a small model with planted sparsity decodes, first with all of its neurons in memory, then with few, and two
-figures of the device are chosen so that the cost model says what these steps take.
+processors with kernels. So a small model with planted sparsity decodes, with all of its neurons in memory, with most, and with few, and
+three figures of the device are chosen so that the cost model says what these steps take.
 """
 
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,15 +20,15 @@ from ..storage.store import Store
 from ..storage.synthetic import Planting, SyntheticSource
 from .synth import PREDICTOR, planted_predictors
 
-_WIDTH, _LAYERS, _VOCABULARY, _LENGTH = 1024, 6, 4096, 128
+_WIDTH, _LAYERS, _VOCABULARY, _LENGTH = 1024, 8, 4096, 128
 _PROMPT = 16
-_TURNS, _TURN_STEPS, _WARM_STEPS = 3, 8, 6
-_FEWEST_SLOTS = 1.5  # times what a step names: a cache as small as plans have
-_SHARES = np.linspace(0.2, 1.0, 81)  # of the loaders, that are tried
+_TURNS, _TURN_STEPS, _WARM_STEPS = 2, 12, 6
+_SLOTS = (1.5, 4.0)  # times what a step names: a cache as small as plans have, and one that misses little
+_SHARES, _DISTURBED_S = np.linspace(0.5, 1.0, 6), np.linspace(0, 4e-3, 21)  # that are tried
 
 
 def small_model(path: Path) -> Store:
-    """A store of about 150 MB."""
+    """A store of about 220 MB."""
     config = ModelConfig(
         family="opt", vocab_size=_VOCABULARY, d_model=_WIDTH, d_ff=4 * _WIDTH, num_layers=_LAYERS, num_heads=_WIDTH // 64,
         max_positions=_LENGTH, embed_dim=_WIDTH, position_offset=2,
@@ -38,10 +38,10 @@ def small_model(path: Path) -> Store:
 
 
 def fitted(device: Any, store: Store, yardstick: Any, batches: tuple[int, ...]) -> Any:
-    """The `Device` with `layer_s` and `loader_share` as the steps of a small model have them.
+    """The `Device` with `layer_s`, `disturbed_s` and `loader_share` as the steps of a small model have them.
 
     Args:
-      device: with all else measured; its `layer_s` are nothing.
+      device: with all else measured; the first two are nothing.
       store: of `small_model`.
       yardstick: the machine's pace.
       batches: sequences decoded together.
@@ -51,46 +51,65 @@ def fitted(device: Any, store: Store, yardstick: Any, batches: tuple[int, ...]) 
     from ..pipeline.plan import plan_from_options
 
     options = EngineOptions(predictor=PREDICTOR, prefetch="none", cache_neurons=1.0, merge_gap=0, path="sparse")
-    plan, layer_s, shares = plan_from_options(store, options), {}, []
-    plan = replace(plan, prompt_tokens=max(batches) * _PROMPT)
-    with Engine(store, options, plan=plan) as engine:
+    plan, layer_s, d_ff = plan_from_options(store, options), {}, store.config.d_ff
+    missing: dict[int, list[_Measured]] = {}
+    with Engine(store, options, plan=replace(plan, prompt_tokens=max(batches) * _PROMPT)) as engine:
         for batch in batches:
             steps = _Steps(engine, store, options, batch)
-            whole = steps.measure(yardstick, store.config.d_ff)
-            layer_s[batch] = max(0.0, statistics.median(whole.beyond(device)) / store.config.num_layers)
-            few = min(store.config.d_ff, round(_FEWEST_SLOTS * whole.named))
-            with_layers = replace(device, layer_s=layer_s)
-            shares.append(steps.measure(yardstick, few).best_share(with_layers))
-    return replace(device, layer_s=layer_s, loader_share=statistics.fmean(shares))
+            whole = steps.measure(yardstick, d_ff)
+            layer_s[batch] = whole.beyond_s(device) / store.config.num_layers
+            missing[batch] = [steps.measure(yardstick, min(d_ff, round(times * whole.named))) for times in _SLOTS]
+    return _best_of(replace(device, layer_s=layer_s), missing)
+
+
+def _best_of(device: Any, missing: "Mapping[int, Sequence[_Measured]]") -> Any:
+    """The `Device` with the `loader_share` and the `disturbed_s` with which it knows best what steps with missing neurons took."""
+    best: tuple[float, Any] | None = None
+    for share in _SHARES.tolist():
+        off, disturbed_s = 0.0, {}
+        for batch, measured in missing.items():
+            tried = []
+            for seconds in _DISTURBED_S.tolist():
+                other = replace(device, loader_share=share, disturbed_s={batch: seconds})
+                tried.append((sum((each.beyond_s(other) / each.seconds) ** 2 for each in measured), seconds))
+            least, disturbed_s[batch] = min(tried)
+            off += least
+        if best is None or off < best[0]:
+            best = off, replace(device, loader_share=share, disturbed_s=disturbed_s)
+    assert best is not None
+    return best[1]
 
 
 class _Measured:
-    """Steps with so many slots, in turns, each told with the pace at which it was made."""
+    """Steps with so many slots, in turns, each told with the pace at which it was made.
+
+    Attributes:
+      named: neurons that a layer's step names.
+      seconds: of a step.
+    """
 
     def __init__(
         self, store: Store, options: Any, plan: Any, named: float, missed: float, turns: list[tuple[float, Any]]
     ) -> None:
         from ..pipeline.hit_curves import HitCurves, LayerCurve
 
-        self.named, self._turns, self._plan = named, turns, plan
+        self.named, self.seconds = named, statistics.median(seconds for seconds, _ in turns)
         flat = LayerCurve(named=named, guessed=0.0, slots=(1,), misses=(missed,), ahead=(0.0,), late=(missed,))
-        curves = (flat,) * store.config.num_layers
-        self._curves = HitCurves(source="", predictor=PREDICTOR, prefetch="", batches={1: curves, plan.num_seqs: curves})
-        self._store, self._options = store, options
+        self._curves = HitCurves(
+            source="", predictor=PREDICTOR, prefetch="", batches={plan.num_seqs: (flat,) * store.config.num_layers}
+        )
+        self._store, self._options, self._plan, self._turns = store, options, plan, turns
 
-    def beyond(self, device: Any) -> Iterator[float]:
-        """Seconds of each turn's step that the model does not know of, at the pace of the device's own figures."""
+    def beyond_s(self, device: Any) -> float:
+        """Seconds of a step that the model does not know of, at the pace of the device's own figures."""
         from ..pipeline.cost import CostModel
 
+        beyond = []
         for seconds, state in self._turns:
             model = CostModel(self._store, self._options, device.in_state(state), self._curves)
             expected = model.predict(self._plan, self._plan.num_seqs, _LENGTH // 2).total_ms / 1e3
-            yield (seconds - expected) * device.state.processor_s / state.processor_s
-
-    def best_share(self, device: Any) -> float:
-        """The loaders' share with which the model is nearest to the turns."""
-        far = [abs(statistics.median(self.beyond(replace(device, loader_share=share)))) for share in _SHARES.tolist()]
-        return float(_SHARES[int(np.argmin(far))])
+            beyond.append((seconds - expected) * device.state.processor_s / state.processor_s)
+        return statistics.median(beyond)
 
 
 class _Steps:
@@ -100,12 +119,13 @@ class _Steps:
         self._engine, self._store, self._options, self._batch = engine, store, options, batch
         self._rng = np.random.default_rng(0)
         engine.prepare(batch, _LENGTH)
+        self._resize(store.config.d_ff)  # what streams by for the prompts stays
         engine.process_prompts([(row, self._tokens(_PROMPT)) for row in range(batch)])
         self._at = _PROMPT
 
     def measure(self, yardstick: Any, slots: int) -> _Measured:
         engine, layers = self._engine, self._store.config.num_layers
-        engine.neurons.cached.resize(dict.fromkeys(range(layers), slots))
+        self._resize(slots)
         self._run(_WARM_STEPS)
         before, turns = engine.times.copy(), []
         for _ in range(_TURNS):
@@ -116,6 +136,9 @@ class _Steps:
         named = (missed + engine.times.hits - before.hits) / steps
         plan = replace(engine.plan, slots=(slots,) * layers, num_seqs=self._batch, max_length=_LENGTH)
         return _Measured(self._store, self._options, plan, named, missed / steps, turns)
+
+    def _resize(self, slots: int) -> None:
+        self._engine.neurons.cached.resize(dict.fromkeys(range(self._store.config.num_layers), slots))
 
     def _run(self, count: int) -> list[float]:
         """Seconds of each step."""
