@@ -260,7 +260,6 @@ class Device:
         return cls(**{**fields, "placing": Rate(**fields["placing"]), "asking": Rate(**fields["asking"])})
 
 
-@lru_cache(maxsize=4096)
 def _for_batch(values: Mapping[int, float], num_seqs: int) -> float:
     """Between the numbers of sequences that there are values for; beyond them the nearest."""
     batches = sorted(values)
