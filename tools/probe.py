@@ -60,7 +60,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def measure(scratch: Path, folder: Path) -> Any:
     """A `Device` for the disk of `folder`, measured with files in `scratch` on the same disk."""
-    from ..pipeline.device import Device, MachineState, machine_of
+    from ..pipeline.device import Device, MachineState, Rate, machine_of
     from .bench_io import scratch_store
     from .probe_layer import fetching, streaming
     from .probe_model import fitted, small_model
@@ -88,6 +88,8 @@ def measure(scratch: Path, folder: Path) -> Any:
             read_curve=_curve_in(state, curve),
             dram_bytes_per_s=_dram(),
             kernels=kernels | {"block": streamed.pop("block")},
+            placing=Rate(fixed_s=0.0, bytes_per_s=1e12),
+            asking=Rate(fixed_s=0.0, bytes_per_s=1e12),
             layer_s=dict.fromkeys(BATCHES, 0.0),
             disturbed_s=dict.fromkeys(BATCHES, 0.0),
             loader_share=1.0,
