@@ -38,8 +38,9 @@ def small_model(path: Path) -> Store:
 
 
 def fitted(device: Any, store: Store, yardstick: Any, batches: tuple[int, ...]) -> Any:
-    """The `Device` with the figures that the steps of a small model tell: how neurons are placed and asked for, what a layer takes beyond
-    its parts, what requests disturb, and the loaders' share.
+    """The `Device` with the figures that the steps of a small model tell.
+
+    Those are how neurons are placed and asked for, what a layer takes beyond its parts, what requests disturb, and the loaders' share.
 
     Args:
       device: with all else measured; those are nothing.
