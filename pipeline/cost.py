@@ -145,10 +145,10 @@ class _Walk:
         config, bundles = model.store.config, model.store.bundles
         self._kernels: dict[tuple[str, float], float] = {}
         self._bundle_bytes, self._d_ff, self._num_layers = bundles.bundle_bytes, config.d_ff, config.num_layers
-        seqs = min(num_seqs, max(self._device.kernels["attention"]))  # for more, what these take is multiplied
-        self._attention_s = self._kernel(
-            "attention", 4 * config.d_model**2 * model.item_bytes + seqs * positions * 8 * config.d_model
-        )
+        seqs = min(num_seqs, max(self._device.kernels["keys and values"]))  # for more, what these take is multiplied
+        self._attention_s = self._kernel("attention", 4 * config.d_model**2 * model.item_bytes)
+        self._attention_s += self._kernel("keys and values", seqs * positions * 8 * config.d_model)
+        self._between_s, self._disturbed_s = self._device.between_s(num_seqs), self._device.disturbance_s(num_seqs)
         self._head_s = self._kernel("head", config.vocab_size * config.embed_dim * model.item_bytes)
         self._rows = block_rows(model.store, plan.block_bytes)
         self.now = self.wait = self.memory = self.compute = self.processor = self.reads = self.num_bytes = 0.0
@@ -193,6 +193,7 @@ class _Walk:
     def step(self) -> None:
         for layer in range(self._num_layers):
             self._attend(layer)
+            self._compute(self._between_s)
             self._predict(layer)
             if self._plan.ffn[layer] == CACHED:
                 self._add_cached(layer)
@@ -242,6 +243,7 @@ class _Walk:
     def _place(self, neurons: float, missing: float) -> None:
         """Fewer than one missing neuron a step is a request in so many steps."""
         device = self._device
+        self._compute(min(missing, 1.0) * self._disturbed_s)
         asking = min(missing, 1.0) * device.asking.seconds(max(missing, 1.0))
         seconds = self._slowdown * (device.placing.seconds(neurons) + asking)
         self.now += seconds

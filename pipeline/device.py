@@ -12,19 +12,22 @@ import platform
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
+from functools import cached_property
 from importlib import metadata
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from .. import __version__
 from ..errors import InflashError
 from ..storage.read_rate import worthwhile_gap
 from . import native_library
 
-KERNELS = ("attention", "head", "predictor", "two predictors", "gather", "block", "dense")
-"""What a step calls: a layer's attention, the output head, predictors, neurons by slot, streamed in blocks, and all of a layer's."""
+KERNELS = ("attention", "keys and values", "head", "predictor", "two predictors", "gather", "block", "dense")
+"""What a step calls: a layer's attention without what it looks back on, that, the output head, predictors, neurons by slot, streamed in
+blocks, and all of a layer's."""
 
 GROUP_SIZE = 8
 """Sequences that a native kernel takes through picked neurons together, those of each group only through what they name."""
@@ -121,7 +124,7 @@ class MachineState:
         return cls(**{**document, "kernel_s": {int(batch): each for batch, each in document["kernel_s"].items()}})
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Device:
     """Figures of one machine and disk.
 
@@ -133,6 +136,8 @@ class Device:
       stream_bytes_per_s: of neurons that a loader reads in order, rows apart; matrices come at the state's.
       dram_bytes_per_s: by number of threads that read.
       kernels: for each of KERNELS what it takes, by number of sequences.
+      layer_s: of a layer, by number of sequences, beyond all these: what is between kernels.
+      disturbed_s: by number of sequences, that kernels lose to a loader that begins a request, hidden reads included.
       placing: of the neuron cache: `fixed_s` a call, and "bytes" are neurons.
       asking: of the engine's time for a request to loaders, and for giving out its slots, beyond placing; "bytes" are neurons.
       request_s: from asking a loader for one neuron until it is there, beyond the read itself.
@@ -147,6 +152,8 @@ class Device:
     stream_bytes_per_s: float
     dram_bytes_per_s: Mapping[int, float]
     kernels: Mapping[str, Mapping[int, KernelTimes]]
+    layer_s: Mapping[int, float]
+    disturbed_s: Mapping[int, float]
     placing: Rate
     asking: Rate
     request_s: float
@@ -165,6 +172,14 @@ class Device:
             return first * max(1.0, num_seqs / low) if num_seqs > low else first
         return first + (second - first) * (num_seqs - low) / (high - low)
 
+    def between_s(self, num_seqs: int) -> float:
+        """`layer_s` for so many sequences."""
+        return _for_batch(self.layer_s, num_seqs)
+
+    def disturbance_s(self, num_seqs: int) -> float:
+        """`disturbed_s` for so many sequences."""
+        return _for_batch(self.disturbed_s, num_seqs)
+
     def gather_s(self, num_seqs: int, num_bytes: float, group_share: float) -> float:
         """`kernel_s` of neurons by slot that each sequence names some of; a group names `group_share` of what all do together."""
         if num_seqs <= GROUP_SIZE or self.machine.get("kernels") != "native":
@@ -182,7 +197,16 @@ class Device:
 
     def rate_at(self, size: float, depth: float) -> float:
         """Bytes a second from the curve, between its points in logarithms; flat beyond them."""
-        return _interpolated(self.read_curve, size, depth)
+        sizes, depths, logarithms = self._rates
+        (s0, s1, s), (d0, d1, d) = _between(sizes, size), _between(depths, depth)
+        rows = [logarithms[a, d0] + (logarithms[a, d1] - logarithms[a, d0]) * d for a in (s0, s1)]
+        return math.exp(rows[0] + (rows[1] - rows[0]) * s)
+
+    @cached_property
+    def _rates(self) -> tuple[list[int], list[int], dict[tuple[int, int], float]]:
+        """The curve's sizes and depths, ascending, and the logarithms of its rates by both."""
+        rates = {(point.size, point.depth): math.log(point.bytes_per_s) for point in self.read_curve}
+        return sorted({size for size, _ in rates}), sorted({depth for _, depth in rates}), rates
 
     def best_depth(self, size: int) -> int:
         """The fewest reads under way that get 97 % of the best rate."""
@@ -209,6 +233,8 @@ class Device:
                 name: {batch: each.slower(kernels[batch]) for batch, each in times.items()}
                 for name, times in self.kernels.items()
             },
+            layer_s={batch: processor * seconds for batch, seconds in self.layer_s.items()},
+            disturbed_s={batch: processor * seconds for batch, seconds in self.disturbed_s.items()},
             placing=self.placing.slower(processor),
             asking=self.asking.slower(processor),
             request_s=processor * self.request_s,
@@ -225,6 +251,8 @@ class Device:
         fields["state"] = MachineState.from_json(fields["state"])
         fields["read_curve"] = tuple(ReadPoint(**point) for point in fields["read_curve"])
         fields["dram_bytes_per_s"] = {int(threads): rate for threads, rate in fields["dram_bytes_per_s"].items()}
+        for name in ("layer_s", "disturbed_s"):
+            fields[name] = {int(batch): seconds for batch, seconds in fields[name].items()}
         fields["kernels"] = {
             name: {int(batch): KernelTimes(tuple((size, s) for size, s in each["points"])) for batch, each in times.items()}
             for name, times in fields["kernels"].items()
@@ -232,20 +260,10 @@ class Device:
         return cls(**{**fields, "placing": Rate(**fields["placing"]), "asking": Rate(**fields["asking"])})
 
 
-@lru_cache(maxsize=4096)
-def _interpolated(curve: tuple[ReadPoint, ...], size: float, depth: float) -> float:
-    sizes, depths, rates = _tabled(curve)
-    (s0, s1, s), (d0, d1, d) = _between(sizes, size), _between(depths, depth)
-    corners = [[math.log(rates[a, b]) for b in (d0, d1)] for a in (s0, s1)]
-    rows = [row[0] + (row[1] - row[0]) * d for row in corners]
-    return math.exp(rows[0] + (rows[1] - rows[0]) * s)
-
-
-@lru_cache(maxsize=8)
-def _tabled(curve: tuple[ReadPoint, ...]) -> tuple[list[int], list[int], dict[tuple[int, int], float]]:
-    """A curve's sizes and depths, ascending, and its rates by both."""
-    rates = {(point.size, point.depth): point.bytes_per_s for point in curve}
-    return sorted({point.size for point in curve}), sorted({point.depth for point in curve}), rates
+def _for_batch(values: Mapping[int, float], num_seqs: int) -> float:
+    """Between the numbers of sequences that there are values for; beyond them the nearest."""
+    batches = sorted(values)
+    return float(np.interp(num_seqs, batches, [values[batch] for batch in batches]))
 
 
 def _between(values: list[int], wanted: float) -> tuple[int, int, float]:
@@ -261,7 +279,7 @@ def assumed_device() -> Device:
     """Figures like those of a two-core virtual machine with a virtio disk, for where nothing was measured."""
     curve = {(4 << 10, 1): 40e6, (4 << 10, 128): 250e6, (16 << 10, 1): 130e6, (16 << 10, 128): 700e6}
     curve |= {(128 << 10, 1): 500e6, (128 << 10, 128): 1500e6, (1 << 20, 1): 900e6, (1 << 20, 128): 1500e6}
-    rates = {"attention": 23e9, "head": 26e9, "predictor": 20e9, "two predictors": 20e9, "gather": 14e9}
+    rates = {"attention": 23e9, "keys and values": 20e9, "head": 26e9, "predictor": 20e9, "two predictors": 20e9, "gather": 14e9}
     rates |= {"block": 15e9, "dense": 15e9}
     return Device(
         state=MachineState(kernel_s={1: 5.8e-3, 8: 1.2e-2}, processor_s=5e-3, random_bytes_per_s=450e6, stream_bytes_per_s=1.4e9),
@@ -276,6 +294,8 @@ def assumed_device() -> Device:
             }
             for name, rate in rates.items()
         },
+        layer_s={1: 1e-4, 8: 2e-4},
+        disturbed_s={1: 5e-4, 8: 1e-3},
         placing=Rate(fixed_s=1.2e-4, bytes_per_s=1e7),
         asking=Rate(fixed_s=1e-4, bytes_per_s=2e6),
         request_s=1e-4,

@@ -39,9 +39,10 @@ from .table import table
 BATCHES = (1, 2, 4, 8)
 FLOOR_BYTES = 256 << 20
 SIZES = ("d_model", "d_ff", "vocab")
-POSITIONS = 256  # that each sequence looks back on
+POSITIONS, FEW_POSITIONS = 256, 32  # that each sequence looks back on
 CAPACITY = 512
 RANK = 128
+_WIDEST_OF_SMALL_HEADS = 2048  # of OPT's models: heads of 64 up to 1.3B, larger ones beyond
 ACTIVE_SHARE = 16  # one neuron in sixteen is gathered
 _FEWEST_ROUNDS, _MOST_ROUNDS = 5, 400
 
@@ -211,6 +212,7 @@ def _cases(weights: _Weights, batch: int) -> list[_Case]:
     threshold = jnp.zeros(1, jnp.float32)
     qkv, out = weights.attention["qkv"], weights.attention["attention_out"]
     ffn_bytes, projection_bytes = weights.up.nbytes + weights.down.nbytes, qkv.nbytes + out.nbytes
+    position_bytes = 2 * batch * d_model * np.dtype(np.float32).itemsize  # of keys and values
     now, soon = (LowRank(first, second, weights.up_bias, threshold) for first, second in weights.predictors)
     predict, predict_two = (partial(predict_low_rank, between=("none",) * number) for number in (1, 2))
     predictor_bytes = now.first.nbytes + now.second.nbytes
@@ -222,7 +224,11 @@ def _cases(weights: _Weights, batch: int) -> list[_Case]:
         "head": (weights.head.nbytes, lambda case: case.plain(linear, x, weights.head)),
         "predictor": (predictor_bytes, lambda case: case.plain(predict, x, now)),
         "predictor and look-ahead": (2 * predictor_bytes, lambda case: case.plain(predict_two, x, now, soon)),
-        "attention": (projection_bytes + batch * POSITIONS * d_model * 8, lambda case: _attention(case, weights, x)),
+        "attention": (projection_bytes + POSITIONS * position_bytes, lambda case: _attention(case, weights, x, POSITIONS)),
+        "short attention": (
+            projection_bytes + FEW_POSITIONS * position_bytes,
+            lambda case: _attention(case, weights, x, FEW_POSITIONS),
+        ),
         "gathered_ffn": (ffn_bytes * active // d_ff, lambda case: _gathered(case, weights, x, active)),
         "dense_ffn": (ffn_bytes, lambda case: case.plain(dense, x, x, weights.up, weights.down, weights.loud_bias)),
     }
@@ -233,16 +239,16 @@ def _projections(x: jax.Array, qkv: jax.Array, out: jax.Array) -> tuple[jax.Arra
     return linear(x, qkv), linear(x, out)
 
 
-def _attention(case: _Case, weights: _Weights, x: jax.Array) -> Call:
+def _attention(case: _Case, weights: _Weights, x: jax.Array, num_positions: int) -> Call:
     """A decoding step that keeps its cache, as the engine does."""
     batch, d_model = x.shape
-    head_dim = math.gcd(d_model, 128)
+    head_dim = math.gcd(d_model, 128 if d_model > _WIDEST_OF_SMALL_HEADS else 64)
     shape = LayerShape(num_heads=d_model // head_dim)
-    step = case.traced(partial(attention_decode, shape=shape, num_positions=POSITIONS), donate_argnums=(2, 3))
+    step = case.traced(partial(attention_decode, shape=shape, num_positions=num_positions), donate_argnums=(2, 3))
     blocks = CAPACITY // BLOCK_SIZE
     cache = [jnp.zeros((shape.num_heads, batch * blocks, BLOCK_SIZE, head_dim), jnp.float32) for _ in range(2)]
     tables = jnp.asarray(np.random.default_rng(0).permutation(batch * blocks).reshape(batch, blocks).astype(np.int32))
-    positions = jnp.full(batch, POSITIONS - 1, jnp.int32)
+    positions = jnp.full(batch, num_positions - 1, jnp.int32)
 
     def call() -> object:
         residual, ffn_in, *cache[:] = step(x, weights.attention, *cache, tables, positions)

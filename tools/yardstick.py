@@ -27,7 +27,7 @@ from ..storage.store import Store
 _ROWS, _COLUMNS = 16384, 4096  # 128 MiB in bf16: beyond any cache
 _READ_BYTES, _READ_DEPTH = 8 << 10, 128
 _BLOCK_BYTES, _BLOCK_DEPTH = 512 << 10, 12
-_DISK_S, _FILES_AT_ONCE = 0.24, 3
+_DISK_S, _FILES_AT_ONCE = 0.16, 2
 _NEURONS, _SLOTS, _NAMED, _PLACINGS = 8192, 2048, 400, 24
 
 

@@ -194,6 +194,19 @@ def test_many_sequences_cost_what_they_name() -> None:
     assert assumed_device().gather_s(64, 1e6, 0.25) == 8 * device.kernel_s("gather", 8, 1e6)
 
 
+def test_a_step_holds_what_lies_between_kernels_and_what_requests_disturb() -> None:
+    device = replace(assumed_device(), layer_s={1: 0.0, 8: 0.0}, disturbed_s={1: 0.0, 8: 0.0})
+    plain = cost(device, prefetch="none", cache_neurons=0.25)
+    between = cost(replace(device, layer_s={1: 1e-3, 8: 5e-3}), prefetch="none", cache_neurons=0.25)
+    disturbed = cost(replace(device, disturbed_s={1: 2e-3, 8: 5e-3}), prefetch="none", cache_neurons=0.25)
+    layers = store().config.num_layers
+    assert between.total_ms == pytest.approx(plain.total_ms + layers, rel=0.01)
+    assert plain.total_ms < disturbed.total_ms <= plain.total_ms + 2 * layers * 1.01  # reading goes on meanwhile
+    whole = {"prefetch": "none", "cache_neurons": 1.0}
+    assert cost(replace(device, disturbed_s={1: 2e-3, 8: 5e-3}), **whole).total_ms == cost(device, **whole).total_ms
+    assert device.between_s(4) == 0 and replace(device, layer_s={1: 1.0, 8: 8.0}).between_s(4) == pytest.approx(4.0)
+
+
 def test_keys_and_values_are_counted_once_for_each_sequence() -> None:
     """Looking further back costs 64 sequences eight times as much as eight."""
     model = CostModel(store(), EngineOptions(), assumed_device(), curves())

@@ -4,6 +4,7 @@ import json
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 from synthetic_stores import synthetic_store
 from tiny_models import BUFFERED
@@ -11,7 +12,7 @@ from tiny_models import BUFFERED
 from inflash.pipeline import calibration, device
 from inflash.pipeline.hit_curves import find_curves
 from inflash.storage.store import Store
-from inflash.tools import probe, yardstick
+from inflash.tools import probe, probe_layer, probe_model, yardstick
 from inflash.tools.cli import main
 
 pytestmark = pytest.mark.filterwarnings(BUFFERED)
@@ -28,10 +29,13 @@ def quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     for name, value in {
         "SIZES": (4096, 16384), "DEPTHS": (1, 4), "BATCHES": (1,), "WIDTHS": (64, 128), "_FILE_MIB": 16, "_CURVE_S": 0.02,
-        "_KERNEL_S": 0.01, "_STREAMED_BYTES": 1 << 20, "_HITS": (64, 128), "_REPETITIONS": 3, "_FETCHED": 64,
+        "_KERNEL_S": 0.01, "_BUNDLE_BYTES": 4096,
     }.items():  # fmt: skip
         monkeypatch.setattr(probe, name, value)
-    monkeypatch.setattr(probe, "_BUNDLE_BYTES", 4096)
+    for name, value in {"_STREAMED_BYTES": 1 << 20, "_FETCHED": 64, "_FETCHES": 2}.items():
+        monkeypatch.setattr(probe_layer, name, value)
+    for name, value in {"_WIDTH": 256, "_LAYERS": 2, "_TURNS": 1, "_TURN_STEPS": 2, "_SHARES": np.array([0.7])}.items():
+        monkeypatch.setattr(probe_model, name, value)
     for name, value in {"_ROWS": 256, "_DISK_S": 0.003, "_PLACINGS": 2}.items():
         monkeypatch.setattr(yardstick, name, value)
     monkeypatch.setattr(calibration, "TOKENS", 128)
