@@ -22,7 +22,7 @@ $(STAMP): pyproject.toml
 	touch $@
 
 test: $(STAMP) ## run the tests, two files at a time
-	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/pytest -n 2 --dist loadfile
 
 lint: lint-format lint-style lint-types ## check the format, the style and the types
 
