@@ -6,7 +6,7 @@ P positions looked at.
 Keys and values are float32 [H, N, size, head_dim], where size is the positions of a block: XLA on CPU would convert a whole 16-bit cache to
 float32 and back to write one position. A sequence's table [M] int32 names the blocks that hold its positions, in order; N stands for none.
 Sequences may have blocks in common. Writing is in place where the caller donates the cache; what has no block is dropped. Positions beyond
-a sequence's length are never looked at.
+a sequence's length count for nothing, even where they hold NaN.
 """
 
 import jax
@@ -60,7 +60,7 @@ def attend_decode(
     query = (query * head_dim**-0.5).swapaxes(0, 1)[:, :, None]
     products = [_rows(keys, tables, start, stop) * query for start, stop in row_spans(looked_at, _SPANS)]
     scores = join_spans(one_pass_sums(products, axis=3), looked_at)  # [H, B, P]
-    visible = jnp.arange(looked_at)[None, None] < lengths[None, :, None]
+    visible = lax.optimization_barrier(jnp.arange(looked_at)[None, None] < lengths[None, :, None])  # once, not for every row
     shares = jax.nn.softmax(jnp.where(visible, scores, _FAR_BELOW), axis=-1)
     half = looked_at // 2 if looked_at % 2 == 0 else looked_at
     starts = range(0, looked_at, half)
