@@ -18,12 +18,12 @@ _TRIAL_SHARE = 0.01  # of all time may go into trying the dearer way
 _FEWEST_BETWEEN = 24  # steps from one trial to the next
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RowRates:
-    """Seconds of a neuron, for as many sequences as decode together.
+    """Seconds of a neuron, for as many sequences as decode together, before anything was measured.
 
     Attributes:
-      gathered_s: computed from its slot.
+      gathered_s: computed from its slot, if all sequences name it.
       missed_s: read by itself, beyond computing it.
       streamed_s: read in order and computed.
     """
@@ -48,22 +48,23 @@ class _Seen:
 
 @dataclass(slots=True)
 class _Measured:
-    """What the layers of a step took together, and what earlier steps said of a rate."""
+    """What the layers of a step took together, and what earlier steps said of a rate; `rate` is as assumed until there is one."""
 
-    rates: deque[float]
+    rate: float
     seconds: float = 0.0
-    count: int = 0
+    amount: float = 0.0
+    _newest: deque[float] = field(default_factory=lambda: deque(maxlen=_KEPT))
 
-    def add(self, seconds: float, count: int) -> None:
+    def add(self, seconds: float, amount: float) -> None:
         self.seconds += seconds
-        self.count += count
+        self.amount += amount
 
-    def rate(self) -> float:
-        """Seconds for one; the step's sums start anew."""
-        if self.count:
-            self.rates.append(max(0.0, self.seconds) / self.count)
-        self.seconds, self.count = 0.0, 0
-        return statistics.median(self.rates)
+    def end_step(self) -> None:
+        """The step's sums become a measurement, and start anew."""
+        if self.amount:
+            self._newest.append(self.seconds / self.amount)
+            self.rate = statistics.median(self._newest)
+        self.seconds = self.amount = 0.0
 
 
 @dataclass(slots=True)
@@ -73,7 +74,7 @@ class PathChoice:
     Attributes:
       layers: that are cached.
       d_ff: neurons of each.
-      rates: as measured so far.
+      rates: as assumed.
       dense: layers that this step streams.
       timed: whether this step is to be measured.
       on_trial: whether this step goes the dearer way, to see what that costs now.
@@ -88,16 +89,15 @@ class PathChoice:
     _settled: frozenset[int] = frozenset()
     _seen: dict[int, _Seen] = field(default_factory=dict)
     _full: set[int] = field(default_factory=set)
-    _missed: _Measured = field(init=False)
-    _streamed: _Measured = field(init=False)
+    _sparse: _Measured = field(init=False)  # times as long as the rates say that steps by slot take
+    _streamed: _Measured = field(init=False)  # seconds of a neuron in order
     _steps: int = 0
     _since_trial: int = 0
     _credit_s: float = 0.0
 
     def __post_init__(self) -> None:
         self._seen = {layer: _Seen() for layer in self.layers}
-        self._missed = _Measured(deque([self.rates.missed_s], _KEPT))
-        self._streamed = _Measured(deque([self.rates.streamed_s], _KEPT))
+        self._sparse, self._streamed = _Measured(1.0), _Measured(self.rates.streamed_s)
 
     def saw(self, layer: int, named: int, missed: int, *, full: bool) -> None:
         """What a step named in a layer, and of that had to be read, or would have had to be; `full`: the cache has no free slot left."""
@@ -107,8 +107,7 @@ class PathChoice:
 
     def took_sparse(self, named: int, missed: int, seconds: float) -> None:
         """A layer's time by slot, when so many neurons were named and read."""
-        if missed:
-            self._missed.add(seconds - named * self.rates.gathered_s, missed)
+        self._sparse.add(seconds, self._assumed_s(named, missed))
 
     def took_dense(self, seconds: float) -> None:
         """A layer's time in order."""
@@ -116,12 +115,16 @@ class PathChoice:
 
     def expected_s(self, layer: int) -> tuple[float, float]:
         """Seconds by slot and in order."""
-        seen, rates = self._seen[layer], self.rates
-        return (seen.named or 0.0) * rates.gathered_s + seen.missed * rates.missed_s, self.d_ff * rates.streamed_s
+        seen = self._seen[layer]
+        return self._sparse.rate * self._assumed_s(seen.named or 0.0, seen.missed), self.d_ff * self._streamed.rate
+
+    def _assumed_s(self, named: float, missed: float) -> float:
+        return named * self.rates.gathered_s + missed * self.rates.missed_s
 
     def next_step(self) -> None:
         """Called after each step: decides how the next one goes."""
-        self.rates.missed_s, self.rates.streamed_s = self._missed.rate(), self._streamed.rate()
+        self._sparse.end_step()
+        self._streamed.end_step()
         self._steps += 1
         self._since_trial += 1
         if self.on_trial:

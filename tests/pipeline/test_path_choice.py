@@ -60,20 +60,31 @@ def test_the_other_way_is_tried_when_little_time_would_be_lost() -> None:
     assert sum(tried) >= 1 and lost_s <= 0.011 * 2000 * (900 * 1e-6 + 100 * 50e-6)
 
 
-def test_rates_follow_what_was_measured() -> None:
+def test_what_was_measured_counts_and_not_what_was_assumed() -> None:
     slower = choice()
     steps(slower, 8, missed=100)
     assert not slower.dense
     for _ in range(5):
         slower.took_sparse(900, 100, 900e-6 + 100 * 200e-6)
         steps(slower, 1, missed=100)
-    assert slower.rates.missed_s == pytest.approx(200e-6)
+    assert slower.expected_s(0) == pytest.approx((900e-6 + 100 * 200e-6, 10e-3))
     assert steps(slower, 3, missed=100)[-1] == frozenset(LAYERS)
     for _ in range(5):
         slower.took_dense(0.5)
         steps(slower, 1, missed=100)
-    assert slower.rates.streamed_s == pytest.approx(0.5 / D_FF)
+    assert slower.expected_s(0)[1] == pytest.approx(0.5)
     assert not steps(slower, 3, missed=100)[-1] or slower.on_trial
+
+
+def test_one_measured_step_is_enough_where_the_assumption_was_far_off() -> None:
+    """Of many sequences each names some of the neurons only: kernels may be five times as fast as rows that all of them name."""
+    fast = choice(gathered_s=15e-6)
+    for layer in LAYERS:
+        fast.took_sparse(900, 10, 3e-3)
+        fast.saw(layer, 900, 10, full=True)
+    fast.next_step()
+    assert fast.expected_s(0)[0] == pytest.approx(3e-3) and not fast.dense
+    assert steps(choice(gathered_s=15e-6), 2, missed=10)[-1] == frozenset(LAYERS)  # without it
 
 
 def test_one_step_that_was_held_up_changes_nothing() -> None:
@@ -82,4 +93,4 @@ def test_one_step_that_was_held_up_changes_nothing() -> None:
         for layer in LAYERS:
             held_up.took_sparse(900, 100, 900e-6 + 100 * (50e-6 if step != 5 or layer != 3 else 0.1))
         assert steps(held_up, 1, missed=100) == [frozenset()]
-    assert held_up.rates.missed_s == pytest.approx(50e-6)
+    assert held_up.expected_s(0)[0] == pytest.approx(900e-6 + 100 * 50e-6)
