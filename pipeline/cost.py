@@ -193,7 +193,6 @@ class _Walk:
     def step(self) -> None:
         for layer in range(self._num_layers):
             self._attend(layer)
-            self._compute(self._between_s)
             self._predict(layer)
             if self._plan.ffn[layer] == CACHED:
                 self._add_cached(layer)
@@ -258,6 +257,7 @@ class _Walk:
 
     def _add_cached(self, layer: int) -> None:
         curve, slots = self._curves[layer], self._plan.slots[layer]
+        self._compute(self._between_s)
         guessed = self._arriving.pop(layer, None)
         missing = curve.at("misses" if guessed is None else "late", slots)
         self._place(curve.named, missing)

@@ -136,7 +136,7 @@ class Device:
       stream_bytes_per_s: of neurons that a loader reads in order, rows apart; matrices come at the state's.
       dram_bytes_per_s: by number of threads that read.
       kernels: for each of KERNELS what it takes, by number of sequences.
-      layer_s: of a layer, by number of sequences, beyond all these: what is between kernels.
+      layer_s: of a layer with a cache, by number of sequences, beyond all these: what is between kernels.
       disturbed_s: by number of sequences, that kernels lose to a loader that begins a request, hidden reads included.
       placing: of the neuron cache: `fixed_s` a call, and "bytes" are neurons.
       asking: of the engine's time for a request to loaders, and for giving out its slots, beyond placing; "bytes" are neurons.

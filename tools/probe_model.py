@@ -22,7 +22,7 @@ from .synth import PREDICTOR, planted_predictors
 
 _WIDTH, _LAYERS, _VOCABULARY, _LENGTH = 1024, 8, 4096, 128
 _PROMPT = 16
-_TURNS, _TURN_STEPS, _WARM_STEPS = 4, 8, 6
+_TURNS, _TURN_STEPS, _WARM_STEPS = 3, 8, 6
 _SLOTS = (1.5, 4.0)  # times what a step names: a cache as small as plans have, and one that misses little
 _SHARES, _DISTURBED_S = np.linspace(0.5, 1.0, 6), np.linspace(0, 4e-3, 21)  # that are tried
 

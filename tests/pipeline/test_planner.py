@@ -202,7 +202,7 @@ def test_a_step_holds_what_lies_between_kernels_and_what_requests_disturb() -> N
     layers = store().config.num_layers
     assert between.total_ms == pytest.approx(plain.total_ms + layers, rel=0.01)
     assert plain.total_ms < disturbed.total_ms <= plain.total_ms + 2 * layers * 1.01  # reading goes on meanwhile
-    resident = cost(replace(device, disturbed_s={1: 2e-3, 8: 5e-3}), ffn="resident")
+    resident = cost(replace(device, layer_s={1: 1e-3, 8: 5e-3}, disturbed_s={1: 2e-3, 8: 5e-3}), ffn="resident")
     assert resident.total_ms == cost(device, ffn="resident").total_ms
     assert device.between_s(4) == 0 and replace(device, layer_s={1: 1.0, 8: 8.0}).between_s(4) == pytest.approx(4.0)
 
