@@ -90,7 +90,7 @@ class Engine:
         self.plan = plan or plan_from_options(store, options)
         self.store, self.config, self.options = store, store.config, options
         self.times, self._trace = times or StepTimes(), recorder()
-        self._closed, self._split_rows, self._wanted_positions = False, split_rows, 0
+        self._closed, self._split_rows = False, split_rows
         self._live: LivePage | None = None
         self._recall: RecallProbe | None = None
         self.compute = compute_dtype(options.compute_dtype, store.dtype)
@@ -182,13 +182,12 @@ class Engine:
             raise InflashError(f"length: the model has {self.config.max_positions} positions, found {max_length} asked for")
         capacity, room = capacity_for(max_length), BLOCK_SIZE * num_cache_blocks(num_seqs, max_length, num_positions)
         least = room if num_positions is None else capacity
-        enough = room <= self._wanted_positions and least <= self.kv_cache.num_positions  # more may not have fitted
-        if num_seqs == self.num_seqs and capacity <= self.capacity and enough:
+        to_be_had = fitting_positions(self.store, room, least, given_back=self.kv_cache.num_bytes)
+        if num_seqs == self.num_seqs and capacity <= self.capacity and to_be_had <= self.kv_cache.num_positions:
             self.kv_cache.share_out()
             return
         self.kv_cache = KVCache(self.config, self.shape, 0, 0)  # before the next one, and should what follows be refused
-        self._wanted_positions = room
-        room = fitting_positions(self.store, room, least=least)
+        room = fitting_positions(self.store, room, least)
         check_kv_cache(self.store, room)
         self.kv_cache = KVCache(self.config, self.shape, num_seqs, max_length, num_blocks=room // BLOCK_SIZE)
         with self._trace.span(COMPILE):

@@ -48,9 +48,13 @@ def kv_cache_bytes(store: Store, num_positions: int) -> int:
     return 2 * config.num_layers * num_positions * config.d_model * np.dtype(np.float32).itemsize
 
 
-def fitting_positions(store: Store, wanted: int, least: int) -> int:
-    """Positions of a KV cache: as many as are wanted, halved until memory has room for them, but at least so many."""
-    while wanted > least and kv_cache_bytes(store, wanted) > available_bytes():
+def fitting_positions(store: Store, wanted: int, least: int, *, given_back: int = 0) -> int:
+    """Positions of a KV cache: as many as are wanted, halved until memory has room for them, but at least so many.
+
+    Args:
+      given_back: bytes that there will be besides.
+    """
+    while wanted > least and kv_cache_bytes(store, wanted) > available_bytes() + given_back:
         wanted = max(wanted // 2, least)
     return wanted
 

@@ -111,7 +111,7 @@ class MeasuredSteps:
     """
 
     def __init__(
-        self, store: Store, options: Any, plan: Any, named: float, missed: float, turns: list[tuple[float, Any]]
+        self, store: Store, options: Any, plan: Any, named: float, missed: float, turns: Sequence[tuple[float, float, Any]]
     ) -> None:
         from ..pipeline.hit_curves import HitCurves, LayerCurve
 

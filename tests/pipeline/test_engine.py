@@ -279,8 +279,9 @@ def test_a_kv_cache_that_does_not_fit_is_refused_and_the_engine_stays_usable(sto
 
 
 def test_a_kv_cache_that_memory_has_made_smaller_serves_equal_runs(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory_parts, "available_bytes", lambda: memory_parts.kv_cache_bytes(store, 128))
     with open_engine(store, ffn="resident") as engine:
+        room = memory_parts.kv_cache_bytes(store, 128)
+        monkeypatch.setattr(memory_parts, "available_bytes", lambda: room - engine.kv_cache.num_bytes)
         started_over = list[int]()
         monkeypatch.setattr(engine, "_warm_up", lambda: started_over.append(engine.kv_cache.num_positions))
         for num_positions in (256, 256, 100):
