@@ -106,7 +106,7 @@ class MeasuredSteps:
     """Steps with so many slots, in turns, each told with the pace at which it was made.
 
     Attributes:
-      named: neurons that a layer's step names.
+      named, missed: neurons that a layer's step names, and of those that have to be read.
       seconds: of a step.
     """
 
