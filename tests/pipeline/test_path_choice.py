@@ -1,6 +1,8 @@
 """Which way neurons come follows from what rows cost and how many are needed, does not flap, and is looked at again."""
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as some
 
 from inflash.pipeline.path_choice import PathChoice, RowRates
 
@@ -23,15 +25,24 @@ def steps(choice: PathChoice, count: int, missed: int, *, full: bool = True) -> 
     return found
 
 
+def mixed_choice() -> PathChoice:
+    """After some steps in which one layer misses many neurons and the others few."""
+    mixed = choice()
+    for _ in range(8):
+        unlike_step(mixed)
+    return mixed
+
+
+def unlike_step(choice: PathChoice) -> None:
+    for layer, missed in zip(LAYERS, (50, 600, 50), strict=True):
+        choice.saw(layer, 900, missed, full=True)
+    choice.next_step()
+
+
 def test_few_missing_neurons_are_read_by_themselves_and_many_in_order() -> None:
     assert steps(choice(), 8, missed=50)[-1] == frozenset()
     assert steps(choice(), 8, missed=600)[-1] == frozenset(LAYERS)
-    mixed = choice()
-    for _ in range(8):
-        for layer, missed in zip(LAYERS, (50, 600, 50), strict=True):
-            mixed.saw(layer, 900, missed, full=True)
-        mixed.next_step()
-    assert mixed.dense == {2}
+    assert mixed_choice().dense == {2}
 
 
 def test_an_empty_cache_is_filled_before_anything_is_concluded() -> None:
@@ -94,3 +105,49 @@ def test_one_step_that_was_held_up_changes_nothing() -> None:
             held_up.took_sparse(900, 100, 900e-6 + 100 * (50e-6 if step != 5 or layer != 3 else 0.1))
         assert steps(held_up, 1, missed=100) == [frozenset()]
     assert held_up.expected_s(0)[0] == pytest.approx(900e-6 + 100 * 50e-6)
+
+
+def test_layers_that_disturb_each_other_go_one_way() -> None:
+    """The layer in order looks cheap, as it is read while its neighbours wait; only their sum says what mixing costs."""
+    mixed = mixed_choice()
+    for _ in range(5):
+        if mixed.dense == {2}:
+            mixed.took_dense(2e-3)
+            for _ in range(2):
+                mixed.took_sparse(900, 50, 40e-3)
+        unlike_step(mixed)
+    assert mixed.dense == frozenset(LAYERS)  # 30 ms, where by slot takes 38
+    assert mixed.expected_s(2) == pytest.approx((900e-6 + 600 * 50e-6, 10e-3))  # what steps that go one way would take, as before
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    misses=some.lists(some.integers(0, 900), min_size=3, max_size=3),
+    scale=some.floats(0.3, 3),
+    streamed=some.floats(0.3, 3),
+    mixing=some.floats(0.9, 2),
+)
+def test_a_run_is_not_much_slower_than_the_best_way(misses: list[int], scale: float, streamed: float, mixing: float) -> None:
+    """On a machine that is not what was assumed, and where layers that go different ways may disturb each other."""
+    run = choice()
+    by_slot = {layer: scale * (900e-6 + missed * 50e-6) for layer, missed in zip(LAYERS, misses, strict=True)}
+    in_order = streamed * 10e-3
+
+    def step_s(dense: frozenset[int]) -> float:
+        factor = mixing if 0 < len(dense) < len(LAYERS) else 1.0
+        return factor * sum(in_order if layer in dense else by_slot[layer] for layer in LAYERS)
+
+    total_s, num_steps = 0.0, 1000
+    for _ in range(num_steps):
+        factor = step_s(run.dense) / sum(in_order if layer in run.dense else by_slot[layer] for layer in LAYERS)
+        for layer, missed in zip(LAYERS, misses, strict=True):
+            if run.timed and layer in run.dense:
+                run.took_dense(factor * in_order)
+            elif run.timed:
+                run.took_sparse(900, missed, factor * by_slot[layer])
+            run.saw(layer, 900, missed, full=True)
+        total_s += step_s(run.dense)
+        run.next_step()
+    best_s = min(step_s(frozenset()), step_s(frozenset(LAYERS)))
+    # 7 % is what another way has to be cheaper, 1 % goes into trials, and first steps go a wrong way until they were measured.
+    assert total_s <= num_steps * best_s * 1.11
