@@ -27,6 +27,7 @@ from .predictors import choose_predictor, choose_prefetch
 _ATTENTION_STEPS = 8  # numbers of streamed layers that are tried, besides none
 _SLOT_STEPS = 64  # of a layer's neurons
 _SMALL_BLOCK_BYTES = 2 << 20
+_FEW_ROWS = 512  # of a block: with half as many, products for prompts take up to half as long again, see docs/performance.md
 _MOST_DEPTH = 128
 _MOST_SCALE = 10.0  # that a few steps may change a curve by
 
@@ -210,7 +211,7 @@ class Planner:
         """The ways of the neurons, with the fewest slots that each can do with."""
         num_layers, d_ff = self.store.config.num_layers, self.store.config.d_ff
         dense = self.options.path != "sparse" and not self._is_given("predictor", "cache_neurons", "policy")
-        for block_bytes in (_SMALL_BLOCK_BYTES, BLOCK_BYTES):
+        for block_bytes in (self._small_block_bytes, BLOCK_BYTES):
             if dense:
                 streamed = {"ffn": (STREAMED,) * num_layers, "slots": (0,) * num_layers, "predictor": None, "prefetch": None}
                 yield {**streamed, "block_bytes": block_bytes}
@@ -220,7 +221,7 @@ class Planner:
                 "slots": (d_ff,) * num_layers,
                 "predictor": None,
                 "prefetch": None,
-                "block_bytes": _SMALL_BLOCK_BYTES,
+                "block_bytes": self._small_block_bytes,
             }
         if dense and self.options.path == "dense":
             return
@@ -240,8 +241,12 @@ class Planner:
                     "slots": self._fewest_slots(ffn, num_seqs),
                     "predictor": predictor,
                     "prefetch": prefetch,
-                    "block_bytes": _SMALL_BLOCK_BYTES,
+                    "block_bytes": self._small_block_bytes,
                 }
+
+    @property
+    def _small_block_bytes(self) -> int:
+        return min(BLOCK_BYTES, max(_SMALL_BLOCK_BYTES, _FEW_ROWS * self.store.bundles.bundle_bytes))
 
     def _mixtures(self, num_seqs: int) -> list[tuple[str, ...]]:
         """All layers cached; and, where steps name much, the layers streamed that name most."""
