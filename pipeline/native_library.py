@@ -123,8 +123,6 @@ def choose() -> bool:
     if wanted == "xla":
         return False
     try:
-        if jax.default_backend() != "cpu":
-            raise InflashError(f"the native kernels are for CPUs, and JAX runs on {jax.default_backend()}")
         if not library.is_file():
             raise InflashError(
                 f"there are no native kernels for this machine and version, expected {library}: run inflash build-kernels"

@@ -24,6 +24,7 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
+os.environ["JAX_PLATFORMS"] = "cpu"  # whatever JAX finds; test_llm.py has another default device in a process of its own
 os.environ["INFLASH_KERNELS"] = "xla"  # whatever the user has built; commands that tests run inherit it
 
 import jax

@@ -60,6 +60,9 @@ def main(argv: list[str] | None = None) -> int:
       argv: the arguments after the program's name; None: the process's own.
     """
     arguments = build_parser().parse_args(argv)
+    os.environ["JAX_PLATFORMS"] = (
+        "cpu"  # all is computed there; a GPU that JAX finds would only take memory that no plan knows of
+    )
     warnings.formatwarning = _warning_line
     try:
         code = import_module(f".{arguments.module}", __package__).run(arguments)

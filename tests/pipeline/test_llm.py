@@ -1,8 +1,11 @@
 """The public face, over a random model whose tokens are bytes."""
 
 import inspect
+import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import fields
@@ -394,6 +397,29 @@ def test_defaults_are_the_models_own(llm: LLM, monkeypatch: pytest.MonkeyPatch) 
     (output,) = llm.generate("sea")
     (greedy,) = llm.generate("sea", SamplingParams(temperature=0, max_tokens=3))
     assert output.outputs == greedy.outputs
+
+
+OTHER_DEVICE = """
+import json, os, sys
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
+import jax
+first, other = jax.devices("cpu")
+jax.config.update("jax_default_device", other)
+from inflash import LLM, SamplingParams
+with LLM(sys.argv[1], predictor="exact", max_num_seqs=4, queue_depth=2) as llm:
+    outputs = llm.generate(json.loads(sys.argv[2]), SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, logprobs=2))
+    assert all(array.devices() == {first} for array in jax.live_arrays()), {array.devices() for array in jax.live_arrays()}
+print(json.dumps([output.outputs[0].token_ids for output in outputs]))
+"""
+
+
+def test_all_is_computed_on_the_cpu_whatever_jax_prefers(llm: LLM) -> None:
+    """Where JAX finds a GPU, that is its default device, and what is not put elsewhere goes there."""
+    prompts = random_prompts(5)
+    command = [sys.executable, "-c", OTHER_DEVICE, llm.engine.store.path, json.dumps(prompts)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 0, ended.stderr
+    assert json.loads(ended.stdout) == token_ids(llm.generate(prompts, GREEDY))
 
 
 def test_the_face_is_the_same() -> None:

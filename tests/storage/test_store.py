@@ -191,7 +191,7 @@ from inflash.storage.store import writing_store
 with writing_store(Path({str(tmp_path)!r}) / "store", model_config(), "float32", "test"):
     os.kill(os.getpid(), signal.SIGKILL)
 """
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])}
     done = subprocess.run([sys.executable, "-c", program], env=environment, timeout=60, check=False)
     assert done.returncode == -9
     (left,) = tmp_path.iterdir()
