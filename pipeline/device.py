@@ -93,15 +93,17 @@ class ReadPoint:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MachineState:
-    """How fast a machine was at one time, by four pieces of work that never change. Shared machines vary by a factor of two.
+    """How fast a machine was at one time, by five pieces of work that never change. Shared machines vary by a factor of two.
 
     Attributes:
       kernel_s: of one product with a matrix that no cache holds, by number of sequences.
+      cached_kernel_s: of some products with a matrix that stays in the processor's caches, by number of sequences.
       processor_s: of the bookkeeping of a neuron cache, in one thread.
       random_bytes_per_s, stream_bytes_per_s: of the disk.
     """
 
     kernel_s: Mapping[int, float]
+    cached_kernel_s: Mapping[int, float]
     processor_s: float
     random_bytes_per_s: float
     stream_bytes_per_s: float
@@ -110,7 +112,8 @@ class MachineState:
     def between(cls, states: Sequence["MachineState"]) -> "MachineState":
         """The medians of several."""
         return cls(
-            kernel_s={batch: statistics.median(state.kernel_s[batch] for state in states) for batch in states[0].kernel_s},
+            kernel_s=_medians([state.kernel_s for state in states]),
+            cached_kernel_s=_medians([state.cached_kernel_s for state in states]),
             processor_s=statistics.median(state.processor_s for state in states),
             random_bytes_per_s=statistics.median(state.random_bytes_per_s for state in states),
             stream_bytes_per_s=statistics.median(state.stream_bytes_per_s for state in states),
@@ -121,7 +124,14 @@ class MachineState:
 
     @classmethod
     def from_json(cls, document: dict[str, Any]) -> "MachineState":
-        return cls(**{**document, "kernel_s": {int(batch): each for batch, each in document["kernel_s"].items()}})
+        products = {
+            name: {int(batch): each for batch, each in document[name].items()} for name in ("kernel_s", "cached_kernel_s")
+        }
+        return cls(**{**document, **products})
+
+
+def _medians(values: Sequence[Mapping[int, float]]) -> dict[int, float]:
+    return {batch: statistics.median(each[batch] for each in values) for batch in values[0]}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,6 +142,7 @@ class Device:
       state: how fast the machine was when it had these figures.
       machine: what they were measured on, see `machine_of`; empty where they are assumed.
       cores: processors that this process may use.
+      cache_bytes: of their last-level cache; 0 where the system does not say.
       read_curve: the disk's.
       stream_bytes_per_s: of neurons that a loader reads in order, rows apart; matrices come at the state's.
       dram_bytes_per_s: by number of threads that read.
@@ -148,6 +159,7 @@ class Device:
     state: MachineState
     machine: Mapping[str, str]
     cores: int
+    cache_bytes: int
     read_curve: tuple[ReadPoint, ...]
     stream_bytes_per_s: float
     dram_bytes_per_s: Mapping[int, float]
@@ -218,12 +230,18 @@ class Device:
         """Bytes that cost no more to read along than another read costs."""
         return worthwhile_gap((point.size, point.bytes_per_s) for point in self.read_curve)
 
-    def in_state(self, now: MachineState) -> "Device":
-        """The same machine when it is as fast as `now` says: each figure changed as the piece of work is that it is most like."""
+    def in_state(self, now: MachineState, model_bytes: float = math.inf) -> "Device":
+        """The same machine when it is as fast as `now` says: each figure changed as the piece of work is that it is most like.
+
+        Args:
+          now: measured at the time in question.
+          model_bytes: of a model that is to run; half the last-level cache keeps a small one from step to step.
+        """
         processor = now.processor_s / self.state.processor_s
         random = now.random_bytes_per_s / self.state.random_bytes_per_s
         stream = now.stream_bytes_per_s / self.state.stream_bytes_per_s
-        kernels = {batch: now.kernel_s[batch] / self.state.kernel_s[batch] for batch in self.state.kernel_s}
+        name = "cached_kernel_s" if model_bytes <= self.cache_bytes / 2 else "kernel_s"
+        kernels = {batch: getattr(now, name)[batch] / seconds for batch, seconds in getattr(self.state, name).items()}
         return replace(
             self,
             state=now,
@@ -282,9 +300,16 @@ def assumed_device() -> Device:
     rates = {"attention": 23e9, "keys and values": 20e9, "head": 26e9, "predictor": 20e9, "two predictors": 20e9, "gather": 14e9}
     rates |= {"block": 15e9, "dense": 15e9}
     return Device(
-        state=MachineState(kernel_s={1: 5.8e-3, 8: 1.2e-2}, processor_s=5e-3, random_bytes_per_s=450e6, stream_bytes_per_s=1.4e9),
+        state=MachineState(
+            kernel_s={1: 5.8e-3, 8: 1.2e-2},
+            cached_kernel_s={1: 1e-3, 8: 2e-3},
+            processor_s=5e-3,
+            random_bytes_per_s=450e6,
+            stream_bytes_per_s=1.4e9,
+        ),
         machine={},
         cores=os.cpu_count() or 1,
+        cache_bytes=0,
         read_curve=tuple(ReadPoint(size=size, depth=depth, bytes_per_s=rate) for (size, depth), rate in curve.items()),
         stream_bytes_per_s=1.3e9,
         dram_bytes_per_s={1: 20e9, 2: 27e9},

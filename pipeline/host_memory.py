@@ -2,13 +2,17 @@
 
 import ctypes
 import os
+from functools import cache
+from importlib import metadata
 from pathlib import Path
 
 from ..errors import InflashError
 
 # The interpreter with jax, compiled kernels, and each loader process: measured, see docs/performance.md.
-ENGINE_BYTES = 240 << 20
+_ENGINE_BYTES = 240 << 20
 LOADER_BYTES = 25 << 20
+_CORE_BYTES = 2 << 20  # XLA has a thread for each processor; two are in the engine's figure
+_PLUGIN_BYTES = 90 << 20  # JAX loads the libraries of a GPU that it knows of, also where it is told to leave it alone
 
 _M_ARENA_MAX = -8  # of malloc.h
 
@@ -31,12 +35,20 @@ def available_bytes() -> int:
     return free
 
 
+@cache
+def engine_bytes() -> int:
+    """What the engine's process takes on this machine, before any weights."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    plugins = metadata.entry_points(group="jax_plugins")
+    return _ENGINE_BYTES + max(cores - 2, 0) * _CORE_BYTES + bool(plugins) * _PLUGIN_BYTES
+
+
 def program_bytes(loaders: int, *, from_nothing: bool = False) -> int:
     """What the engine's program and its loaders will still take beyond what this process holds now, or a new one."""
     if from_nothing:
-        return ENGINE_BYTES + loaders * LOADER_BYTES
+        return engine_bytes() + loaders * LOADER_BYTES
     resident_pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return max(ENGINE_BYTES - resident_pages * os.sysconf("SC_PAGE_SIZE"), 0) + loaders * LOADER_BYTES
+    return max(engine_bytes() - resident_pages * os.sysconf("SC_PAGE_SIZE"), 0) + loaders * LOADER_BYTES
 
 
 def keep_one_arena() -> None:

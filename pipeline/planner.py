@@ -249,10 +249,13 @@ class Planner:
         return min(BLOCK_BYTES, max(_SMALL_BLOCK_BYTES, _FEW_ROWS * self.store.bundles.bundle_bytes))
 
     def _mixtures(self, num_seqs: int) -> list[tuple[str, ...]]:
-        """All layers cached; and, where steps name much, the layers streamed that name most."""
+        """All layers cached; and, where steps name much, the layers streamed that name most.
+
+        With several sequences the engine itself measures which cached layers had better be read in order, see `path_choice`.
+        """
         curves, d_ff = self.curves.of(num_seqs), self.store.config.d_ff
         mixtures = [(CACHED,) * len(curves)]
-        if self.options.path == "sparse":
+        if self.options.path == "sparse" or num_seqs > 1:
             return mixtures
         dense = sorted(
             (layer for layer, curve in enumerate(curves) if curve.named > 0.2 * d_ff), key=lambda layer: -curves[layer].named

@@ -226,11 +226,11 @@ def _document(store: Store, engine: "Engine", tests: Sequence[SpeedTest], sample
 
 def _memory_bytes(engine: "Engine") -> int:
     """Everything that the run held, by the engine's own account, the whole program and its loaders included."""
-    from ..pipeline.host_memory import ENGINE_BYTES, LOADER_BYTES
+    from ..pipeline.host_memory import LOADER_BYTES, engine_bytes
 
     elsewhere = {"program", "slab"}  # of the program the part that was still to come; the slab holds neurons and buffers
     parts = sum(size for name, size in engine.memory_bytes().items() if name not in elsewhere)
-    return parts + ENGINE_BYTES + engine.options.loaders * LOADER_BYTES
+    return parts + engine_bytes() + engine.options.loaders * LOADER_BYTES
 
 
 def _parameters(store: Store) -> int:

@@ -104,7 +104,7 @@ class _Comparison:
     def _predict(self, plan: Any, planned: Any, options: Any, state: Any) -> dict[str, float]:
         from ..pipeline.cost import CostModel
 
-        cost = CostModel(self._store, options, self._planner.device.in_state(state), self._planner.curves)
+        cost = CostModel(self._store, options, self._planner.device.in_state(state, self._store.num_bytes), self._planner.curves)
         return cost.predict(plan, plan.num_seqs, planned.positions).to_json()
 
     def _run(self, plan: Any, planned: Any, options: Any) -> dict[str, Any]:

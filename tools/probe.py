@@ -73,10 +73,10 @@ def measure(scratch: Path, folder: Path) -> Any:
         files = neuron_files(store)
         yardstick = Yardstick(files, BATCHES)
         bar.update()
-        kernels, pace = _kernels(yardstick)
+        kernels, pace, cached_pace = _kernels(yardstick)
         bar.update()
         curve, states = _curve(files, yardstick, bar.update)
-        state = replace(MachineState.between(states), kernel_s=pace)
+        state = replace(MachineState.between(states), kernel_s=pace, cached_kernel_s=cached_pace)
         streamed = streaming(store, yardstick, state, BATCHES)
         bar.update()
         fetched = fetching(own, yardstick, state)
@@ -85,6 +85,7 @@ def measure(scratch: Path, folder: Path) -> Any:
             state=state,
             machine=machine_of(folder),
             cores=len(os.sched_getaffinity(0)),
+            cache_bytes=_cache_bytes(),
             read_curve=_curve_in(state, curve),
             dram_bytes_per_s=_dram(),
             kernels=kernels | {"block": streamed.pop("block")},
@@ -100,6 +101,12 @@ def measure(scratch: Path, folder: Path) -> Any:
         device = fitted(device, small_model(scratch / "model"), yardstick, BATCHES)
         bar.update()
     return device
+
+
+def _cache_bytes() -> int:
+    """Of the first processor's largest cache, as Linux says; 0 where it does not."""
+    sizes = [file.read_text().strip() for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    return max((int(size[:-1]) << 10 for size in sizes if size.endswith("K")), default=0)
 
 
 def _curve(
@@ -130,8 +137,8 @@ def _curve_in(state: Any, curve: Sequence[tuple[int, int, float, Any]]) -> tuple
     )
 
 
-def _kernels(yardstick: Any) -> tuple[dict[str, Any], Any]:
-    """What the kernels of resident weights take at several widths, and the yardstick's products beside which they took so long.
+def _kernels(yardstick: Any) -> tuple[dict[str, Any], Any, Any]:
+    """What the kernels of resident weights take at several widths, and the yardstick's products beside which the large and the small did.
 
     The smallest are measured among themselves: a model of that width stays in the processor's caches, too.
     """
@@ -146,8 +153,7 @@ def _kernels(yardstick: Any) -> tuple[dict[str, Any], Any]:
     }
     names |= {"gather": "gathered_ffn", "dense": "dense_ffn"}
     wanted = (*names.values(), "attention")
-    one: dict[int, float] = dict.fromkeys(BATCHES, 1.0)  # looking at the pace would push the small ones out of the caches
-    small, _ = kernel_seconds(WIDTHS[:1], BATCHES, wanted, _KERNEL_S, lambda: one)
+    small, cached_pace = kernel_seconds(WIDTHS[:1], BATCHES, wanted, _KERNEL_S, yardstick.cached_kernels)
     large, pace = kernel_seconds(WIDTHS[1:], BATCHES, wanted, _KERNEL_S, yardstick.kernels)
     measured = small | large
     looking = {batch: _looking_back(measured, batch) for batch in BATCHES}
@@ -161,7 +167,7 @@ def _kernels(yardstick: Any) -> tuple[dict[str, Any], Any]:
                     for width, point in zip(WIDTHS, points, strict=True)
                 ]
             found[name][batch] = KernelTimes.of(points)
-    return found | {"keys and values": {batch: KernelTimes.along(rate) for batch, rate in looking.items()}}, pace
+    return found | {"keys and values": {batch: KernelTimes.along(rate) for batch, rate in looking.items()}}, pace, cached_pace
 
 
 def _looking_back(measured: Mapping[tuple[str, int, int], tuple[float, float]], batch: int) -> Any:

@@ -25,6 +25,7 @@ from ..storage.shard_index import open_raw_array
 from ..storage.store import Store
 
 _ROWS, _COLUMNS = 16384, 4096  # 128 MiB in bf16: beyond any cache
+_CACHED_ROWS, _CACHED_COLUMNS, _CACHED_CALLS = 1024, 512, 16  # a matrix of 1 MiB
 _READ_BYTES, _READ_DEPTH = 8 << 10, 128
 _BLOCK_BYTES, _BLOCK_DEPTH = 512 << 10, 12
 _DISK_S, _FILES_AT_ONCE = 0.16, 2
@@ -44,8 +45,8 @@ class Yardstick:
         """
         native_library.choose()
         self._files = cycle(files)
-        product, weight = jit(linear), jnp.resize(jnp.linspace(-1, 1, 4096, dtype=jnp.bfloat16), (_ROWS, _COLUMNS))
-        self._products = {batch: partial(product, jnp.ones((batch, _COLUMNS), jnp.float32), weight) for batch in batches}
+        self._products = _products(batches, _ROWS, _COLUMNS)
+        self._cached_products = _products(batches, _CACHED_ROWS, _CACHED_COLUMNS)
         rng = np.random.default_rng(0)
         self._named = [np.sort(rng.choice(_NEURONS, _NAMED, replace=False)).astype(np.int32) for _ in range(_PLACINGS)]
         self.measure()  # compiles
@@ -54,16 +55,21 @@ class Yardstick:
         """Somewhat more than half a second, most of it reading."""
         return MachineState(
             kernel_s=self.kernels(),
+            cached_kernel_s=self.cached_kernels(),
             processor_s=min(_seconds(self._place) for _ in range(3)),
             random_bytes_per_s=self._reading(_READ_BYTES, _READ_DEPTH, in_order=False),
             stream_bytes_per_s=self._reading(_BLOCK_BYTES, _BLOCK_DEPTH, in_order=True),
         )
 
     def kernels(self) -> dict[int, float]:
-        """Only the products."""
+        """Only the products with a matrix that no cache holds."""
+        return {batch: statistics.median(_seconds(call) for _ in range(2)) for batch, call in self._products.items()}
+
+    def cached_kernels(self) -> dict[int, float]:
+        """Only those with one that stays in the caches, many calls of it."""
         return {
-            batch: statistics.median(_seconds(lambda call=call: jax.block_until_ready(call())) for _ in range(2))
-            for batch, call in self._products.items()
+            batch: statistics.median(_seconds(call, _CACHED_CALLS) for _ in range(5))
+            for batch, call in self._cached_products.items()
         }
 
     def _reading(self, size: int, depth: int, *, in_order: bool) -> float:
@@ -85,7 +91,19 @@ def neuron_files(store: Store) -> list[tuple[Path, int]]:
     return [(open_raw_array(store.path / bundles_path(layer)).file, store.bundles.layer_bytes) for layer in layers]
 
 
-def _seconds(call: Callable[[], object]) -> float:
+def _products(batches: Iterable[int], rows: int, columns: int) -> dict[int, Callable[[], object]]:
+    """Calls that multiply a [rows, columns] matrix with so many vectors, and wait for the result."""
+    product, weight = jit(linear), jnp.resize(jnp.linspace(-1, 1, 4096, dtype=jnp.bfloat16), (rows, columns))
+    vectors = {batch: jnp.ones((batch, columns), jnp.float32) for batch in batches}
+    return {batch: partial(_completed, product, each, weight) for batch, each in vectors.items()}
+
+
+def _completed(product: Callable[..., jax.Array], vectors: jax.Array, weight: jax.Array) -> jax.Array:
+    return product(vectors, weight).block_until_ready()
+
+
+def _seconds(call: Callable[[], object], times: int = 1) -> float:
     began = time.perf_counter()
-    call()
+    for _ in range(times):
+        call()
     return time.perf_counter() - began

@@ -65,3 +65,19 @@ def test_what_does_not_fit_is_refused_with_the_figures(monkeypatch: pytest.Monke
         check_fits({"neurons": 60 * MIB, "nothing": 0, "KV cache": 41 * MIB}, "sell something")
     message = "memory: this run needs 101 MiB (neurons 60, KV cache 41), found 100 MiB available; sell something"
     assert str(error.value) == message
+
+
+def test_processors_and_plugins_take_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    def with_(processors: int, plugins: list[str]) -> int:
+        host_memory.engine_bytes.cache_clear()
+        monkeypatch.setattr(host_memory.os, "sched_getaffinity", lambda process: set(range(processors)))
+        monkeypatch.setattr(host_memory.metadata, "entry_points", lambda group: plugins if group == "jax_plugins" else ["other"])
+        return host_memory.engine_bytes()
+
+    try:
+        alone = with_(1, [])
+        assert with_(2, []) == alone
+        assert with_(16, []) - alone == 28 * MIB
+        assert with_(16, ["xla_cuda13"]) - with_(16, []) == 90 * MIB
+    finally:
+        host_memory.engine_bytes.cache_clear()
