@@ -78,7 +78,7 @@ class CostModel:
     """Predicts steps of one model on one device."""
 
     def __init__(self, store: Store, options: EngineOptions, device: Device, curves: HitCurves) -> None:
-        self.store, self.device, self.curves = store, device, curves
+        self.store, self.device, self.curves = store, device.for_model(store.num_bytes), curves
         self._compute = compute_dtype(options.compute_dtype, store.dtype)
         self._predictor_bytes: dict[tuple[str, int], int] = {}
 
@@ -148,6 +148,7 @@ class _Walk:
         seqs = min(num_seqs, max(self._device.kernels["keys and values"]))  # for more, what these take is multiplied
         self._attention_s = self._kernel("attention", 4 * config.d_model**2 * model.item_bytes)
         self._attention_s += self._kernel("keys and values", seqs * positions * 8 * config.d_model)
+        self._item_s = slowdown * self._device.matrix_s(num_seqs)
         self._between_s, self._disturbed_s = self._device.between_s(num_seqs), self._device.disturbance_s(num_seqs)
         self._head_s = self._kernel("head", config.vocab_size * config.embed_dim * model.item_bytes)
         self._rows = block_rows(model.store, plan.block_bytes)
@@ -202,7 +203,7 @@ class _Walk:
         if self._plan.streamed_head and self._matrices is not None:
             sizes = self._matrix_bytes[-self._head_blocks :]
             for size in sizes:
-                self._take(self._matrices, size, self._head_s * size / sum(sizes))
+                self._take(self._matrices, size, self._item_s + self._head_s * size / sum(sizes))
         else:
             self._compute(self._head_s)
 
@@ -220,7 +221,7 @@ class _Walk:
 
     def _attend(self, layer: int) -> None:
         if self._plan.streamed_attention[layer] and self._matrices is not None:
-            self._take(self._matrices, self._matrix_bytes[0], self._attention_s)
+            self._take(self._matrices, self._matrix_bytes[0], self._item_s + self._attention_s)
         else:
             self._compute(self._attention_s)
 

@@ -147,6 +147,8 @@ class Device:
       stream_bytes_per_s: of neurons that a loader reads in order, rows apart; matrices come at the state's.
       dram_bytes_per_s: by number of threads that read.
       kernels: for each of KERNELS what it takes, by number of sequences.
+      cached_share: of a kernel's time, by number of sequences, that it takes in a run of a model that stays in the processor's caches.
+      item_s: of a matrix that is streamed, or a part of one, by number of sequences, beyond reading it and computing.
       layer_s: of a layer with a cache, by number of sequences, beyond all these: what is between kernels.
       disturbed_s: by number of sequences, that kernels lose to a loader that begins a request, hidden reads included.
       placing: of the neuron cache: `fixed_s` a call, and "bytes" are neurons.
@@ -164,6 +166,8 @@ class Device:
     stream_bytes_per_s: float
     dram_bytes_per_s: Mapping[int, float]
     kernels: Mapping[str, Mapping[int, KernelTimes]]
+    cached_share: Mapping[int, float]
+    item_s: Mapping[int, float]
     layer_s: Mapping[int, float]
     disturbed_s: Mapping[int, float]
     placing: Rate
@@ -183,6 +187,24 @@ class Device:
         if high == low:
             return first * max(1.0, num_seqs / low) if num_seqs > low else first
         return first + (second - first) * (num_seqs - low) / (high - low)
+
+    def keeps(self, model_bytes: float) -> bool:
+        """Whether the processor's caches keep a model from step to step: half of the last one does."""
+        return model_bytes <= self.cache_bytes / 2
+
+    def for_model(self, model_bytes: float) -> "Device":
+        """With the kernels as they are in a run of a model of this size."""
+        if not self.keeps(model_bytes):
+            return self
+        kernels = {
+            name: {batch: each.slower(_for_batch(self.cached_share, batch)) for batch, each in times.items()}
+            for name, times in self.kernels.items()
+        }
+        return replace(self, kernels=kernels)
+
+    def matrix_s(self, num_seqs: int) -> float:
+        """`item_s` for so many sequences."""
+        return _for_batch(self.item_s, num_seqs)
 
     def between_s(self, num_seqs: int) -> float:
         """`layer_s` for so many sequences."""
@@ -235,12 +257,12 @@ class Device:
 
         Args:
           now: measured at the time in question.
-          model_bytes: of a model that is to run; half the last-level cache keeps a small one from step to step.
+          model_bytes: of a model that is to run; where caches keep it, see `keeps`, memory is nothing to it.
         """
         processor = now.processor_s / self.state.processor_s
         random = now.random_bytes_per_s / self.state.random_bytes_per_s
         stream = now.stream_bytes_per_s / self.state.stream_bytes_per_s
-        name = "cached_kernel_s" if model_bytes <= self.cache_bytes / 2 else "kernel_s"
+        name = "cached_kernel_s" if self.keeps(model_bytes) else "kernel_s"
         kernels = {batch: getattr(now, name)[batch] / seconds for batch, seconds in getattr(self.state, name).items()}
         return replace(
             self,
@@ -251,6 +273,7 @@ class Device:
                 name: {batch: each.slower(kernels[batch]) for batch, each in times.items()}
                 for name, times in self.kernels.items()
             },
+            item_s={batch: processor * seconds for batch, seconds in self.item_s.items()},
             layer_s={batch: processor * seconds for batch, seconds in self.layer_s.items()},
             disturbed_s={batch: processor * seconds for batch, seconds in self.disturbed_s.items()},
             placing=self.placing.slower(processor),
@@ -269,7 +292,7 @@ class Device:
         fields["state"] = MachineState.from_json(fields["state"])
         fields["read_curve"] = tuple(ReadPoint(**point) for point in fields["read_curve"])
         fields["dram_bytes_per_s"] = {int(threads): rate for threads, rate in fields["dram_bytes_per_s"].items()}
-        for name in ("layer_s", "disturbed_s"):
+        for name in ("cached_share", "item_s", "layer_s", "disturbed_s"):
             fields[name] = {int(batch): seconds for batch, seconds in fields[name].items()}
         fields["kernels"] = {
             name: {int(batch): KernelTimes(tuple((size, s) for size, s in each["points"])) for batch, each in times.items()}
@@ -319,6 +342,8 @@ def assumed_device() -> Device:
             }
             for name, rate in rates.items()
         },
+        cached_share={1: 0.8, 8: 0.9},
+        item_s={1: 2e-4, 8: 3e-4},
         layer_s={1: 1e-4, 8: 2e-4},
         disturbed_s={1: 5e-4, 8: 1e-3},
         placing=Rate(fixed_s=1.2e-4, bytes_per_s=1e7),

@@ -3,7 +3,7 @@
 Sequences share what is read, so a step reads the union of what they need. The union of many is nearly all neurons, and then it is cheaper
 to read them in order, at the disk's best rate. A step goes one of three ways: every layer by slot, every layer in order, or each layer the
 way that is cheaper for it. What a row costs is measured in steps that go one way only: where both are mixed, what is read ahead for a layer
-in order delays its neighbours, so that it looks cheap and they look dear. What mixing costs is therefore measured for itself, by whole
+in order can delay its neighbours, so that it looks cheap and they look dear. What mixing costs is therefore measured for itself, by whole
 steps. Plain Python, no model needed.
 """
 

@@ -32,7 +32,7 @@ WIDTHS = (256, 1024, 2048, 4096)
 """d_model of the kernels; d_ff is four times as much."""
 _TOLD = (1 << 20, 8 << 20, 64 << 20)
 _BUNDLE_BYTES, _FILE_MIB = 8 << 10, 384
-_CURVE_S, _KERNEL_S = 0.3, 0.12
+_CURVE_S, _KERNEL_S = 0.25, 0.1
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -64,9 +64,10 @@ def measure(scratch: Path, folder: Path) -> Any:
     from .bench_io import scratch_store
     from .probe_layer import fetching, streaming
     from .probe_model import fitted, small_model
+    from .probe_tiny_model import LAYERS, WIDTH, fitted_tiny
     from .yardstick import Yardstick, neuron_files
 
-    steps = len(SIZES) * len(DEPTHS) + 6
+    steps = len(SIZES) * len(DEPTHS) + 7
     with progress_bar(total=steps, desc="measuring", unit=" steps") as bar:
         own = scratch_store(scratch / "neurons", _BUNDLE_BYTES, _FILE_MIB)
         store = open_store(folder) if (folder / "zarr.json").exists() else own
@@ -91,6 +92,8 @@ def measure(scratch: Path, folder: Path) -> Any:
             kernels=kernels | {"block": streamed.pop("block")},
             placing=Rate(fixed_s=0.0, bytes_per_s=1e12),
             asking=Rate(fixed_s=0.0, bytes_per_s=1e12),
+            cached_share=dict.fromkeys(BATCHES, 1.0),
+            item_s=dict.fromkeys(BATCHES, 0.0),
             layer_s=dict.fromkeys(BATCHES, 0.0),
             disturbed_s=dict.fromkeys(BATCHES, 0.0),
             loader_share=1.0,
@@ -99,6 +102,8 @@ def measure(scratch: Path, folder: Path) -> Any:
         )
         bar.update()
         device = fitted(device, small_model(scratch / "model"), yardstick, BATCHES)
+        bar.update()
+        device = fitted_tiny(device, small_model(scratch / "tiny", WIDTH, LAYERS), yardstick, BATCHES)
         bar.update()
     return device
 
@@ -228,6 +233,8 @@ def _report(device: Any, file: Path) -> None:
     print(f"Memory reads {memory}. Placing neurons takes {1e6 * device.placing.fixed_s:.0f} us and")
     print(f"{1e9 / device.placing.bytes_per_s:.0f} ns for each, asking loaders {1e6 * device.asking.fixed_s:.0f} us")
     between = ", ".join(f"{1e6 * seconds:.0f} us for {batch}" for batch, seconds in device.layer_s.items())
-    print(
-        f"and {1e9 / device.asking.bytes_per_s:.0f} ns. A layer takes more than its parts do: {between} sequences.\n\nkept in {file}"
-    )
+    print(f"and {1e9 / device.asking.bytes_per_s:.0f} ns. A layer takes more than its parts do: {between} sequences.")
+    shares = ", ".join(f"{share:.0%} for {batch}" for batch, share in device.cached_share.items())
+    items = ", ".join(f"{1e6 * seconds:.0f} us for {batch}" for batch, seconds in device.item_s.items())
+    print(f"Where a model stays in the processor's caches kernels take less: {shares} sequences. A matrix that is streamed")
+    print(f"takes more than reading it and computing do: {items}.\n\nkept in {file}")
