@@ -190,7 +190,7 @@ nothing. The store comes with its predictors ("planted", and "planted-ahead" for
     ),
     "probe": Command(
         module="probe",
-        summary="measure this machine and a disk for the planner, in about a minute",
+        summary="measure this machine and a disk for the planner, in a minute or somewhat more",
         add_arguments=plan_flags.add_probe,
         details="""\
 Measures random reads by size and depth, streaming, memory, and the kernels, and keeps the figures in the user's cache, one file for

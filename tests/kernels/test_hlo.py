@@ -333,7 +333,14 @@ def test_a_copy_would_be_noticed(name: str) -> None:
     assert copies(jit(function).lower(*arguments).compile(), protected)
 
 
-@pytest.mark.parametrize("why", ["not donated", "written twice as 16 bit"])
+def append_as_float32(
+    cache: jax.Array, new: jax.Array, tables: jax.Array, sequences: jax.Array, positions: jax.Array
+) -> jax.Array:
+    """What XLA up to jax 0.10 made of a cache of 16 bit by itself."""
+    return append(cache.astype(jnp.float32), new.astype(jnp.float32), tables, sequences, positions).astype(cache.dtype)
+
+
+@pytest.mark.parametrize("why", ["not donated", "kept as 16 bit"])
 def test_a_copy_of_the_cache_would_be_noticed(why: str) -> None:
     batch = 4
     if why == "not donated":
@@ -344,7 +351,7 @@ def test_a_copy_of_the_cache_would_be_noticed(why: str) -> None:
         with pytest.raises(AssertionError):
             assert_donated(compiled, batch)
     else:
-        half = jit(append, donate_argnames="cache")
+        half = jit(append_as_float32, donate_argnames="cache")
         compiled = half.lower(
             bf16(H, batch * C // SIZE, SIZE, D // H), bf16(batch, H, D // H), block_tables(batch), i32(batch), i32(batch)
         ).compile()
