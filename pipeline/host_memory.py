@@ -9,7 +9,7 @@ from pathlib import Path
 from ..errors import InflashError
 
 # The interpreter with jax, compiled kernels, and each loader process: measured, see docs/performance.md.
-_ENGINE_BYTES = 240 << 20
+_ENGINE_BYTES = 190 << 20
 LOADER_BYTES = 25 << 20
 _CORE_BYTES = 2 << 20  # XLA has a thread for each processor; two are in the engine's figure
 _PLUGIN_BYTES = 90 << 20  # JAX loads the libraries of a GPU that it knows of, also where it is told to leave it alone

@@ -7,6 +7,7 @@ import numpy as np
 
 from ..errors import InflashError
 from ..storage.store import Store
+from .chunks import sizes_for
 from .feed_forward import STREAM_BUFFERS, block_rows
 from .fixed_shapes import CHUNK_SIZES, capacity_for
 from .host_memory import available_bytes, check_fits, program_bytes
@@ -18,6 +19,7 @@ from .weights import compute_dtype, loaded_bytes
 
 _LOGITS = 10  # [B, V] f32 each: those of a step, the pieces they come from, and seven or eight that sampling with a filter makes
 _ATTENTION = 6  # of a chunk, [T, D] f32 each: what the compiled kernel says that it needs beside its results
+_LONG_CHUNK_BYTES = 50 << 20  # what kernels for long chunks were seen to take beyond that, in runs of several sequences
 _ACTIVATIONS = 5  # of a prompt's tokens at a time, [T, D] f32 each: input, residual, FFN input, sum, output
 
 
@@ -72,7 +74,8 @@ def activation_bytes(store: Store, plan: Plan) -> int:
     attention = _ATTENTION * CHUNK_SIZES[-1] * config.d_model
     hidden = 2 * CHUNK_SIZES[-1] * max(block_rows(store, plan.block_bytes), config.d_ff if RESIDENT in plan.ffn else 0)
     logits = _LOGITS * max(plan.num_seqs, 1) * config.vocab_size
-    return np.dtype(np.float32).itemsize * (prompt + max(attention, hidden, logits))
+    long_chunks = _LONG_CHUNK_BYTES if len(sizes_for(max(plan.prompt_tokens, plan.kv_positions))) > 1 else 0
+    return np.dtype(np.float32).itemsize * (prompt + max(attention, hidden, logits)) + long_chunks
 
 
 def buffer_bytes(store: Store, plan: Plan) -> int:
