@@ -57,7 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _alternate(watch: Watch, process: subprocess.Popen, steps: int, tokens: int) -> list[tuple[bool, float]]:
     """Whether each stretch was watched, and its ms a step."""
     stretches: list[tuple[bool, float]] = []
-    watched, due = True, 0.0
+    watched, due, paused = True, 0.0, 0.0
     begin = (_WARM_UP, None)
     with progress_bar(total=tokens, desc="decoding", unit=" tokens") as bar:
         while process.poll() is None:
@@ -76,6 +76,8 @@ def _alternate(watch: Watch, process: subprocess.Popen, steps: int, tokens: int)
                 stretches.append((watched, (now.decode_ns - begin[1]) / 1e6 / (now.steps - begin[0])))
                 watched = not watched
                 watch.area.pause(not watched)
+                # Looks are as far apart in the time that is watched as in a run that always is.
+                paused, due = time.monotonic(), due + (time.monotonic() - paused if watched else 0.0)
                 begin = (now.steps + 1, None)  # the step that runs now is half and half
     return stretches
 

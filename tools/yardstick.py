@@ -29,6 +29,7 @@ _CACHED_ROWS, _CACHED_COLUMNS, _CACHED_CALLS = 1024, 512, 16  # a matrix of 1 Mi
 _READ_BYTES, _READ_DEPTH = 8 << 10, 128
 _BLOCK_BYTES, _BLOCK_DEPTH = 512 << 10, 12
 _DISK_S, _FILES_AT_ONCE = 0.16, 2
+_SETTLING_S = 0.05  # a run that stands still goes on reading ahead for a while, and the first product would pay for it
 _NEURONS, _SLOTS, _NAMED, _PLACINGS = 8192, 2048, 400, 24
 
 
@@ -53,6 +54,7 @@ class Yardstick:
 
     def measure(self) -> MachineState:
         """Somewhat more than half a second, most of it reading."""
+        time.sleep(_SETTLING_S)
         return MachineState(
             kernel_s=self.kernels(),
             cached_kernel_s=self.cached_kernels(),
