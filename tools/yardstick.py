@@ -56,23 +56,23 @@ class Yardstick:
         """Somewhat more than half a second, most of it reading."""
         time.sleep(_SETTLING_S)
         return MachineState(
-            kernel_s=self.kernels(),
-            cached_kernel_s=self.cached_kernels(),
+            kernel_s=self.kernels(4),
+            cached_kernel_s=self.cached_kernels(20),
             processor_s=min(_seconds(self._place) for _ in range(3)),
             random_bytes_per_s=self._reading(_READ_BYTES, _READ_DEPTH, in_order=False),
             stream_bytes_per_s=self._reading(_BLOCK_BYTES, _BLOCK_DEPTH, in_order=True),
         )
 
-    def kernels(self) -> dict[int, float]:
+    def kernels(self, times: int = 2) -> dict[int, float]:
         """Only the products with a matrix that no cache holds."""
-        return {batch: statistics.median(_seconds(call) for _ in range(2)) for batch, call in self._products.items()}
+        return {batch: statistics.median(_seconds(call) for _ in range(times)) for batch, call in self._products.items()}
 
-    def cached_kernels(self) -> dict[int, float]:
-        """Only those with one that stays in the caches, many calls of it."""
-        return {
-            batch: statistics.median(_seconds(call, _CACHED_CALLS) for _ in range(5))
-            for batch, call in self._cached_products.items()
-        }
+    def cached_kernels(self, times: int = 5) -> dict[int, float]:
+        """Only those with one that stays in the caches, many calls of it at a time."""
+        found = {}
+        for batch, call in self._cached_products.items():
+            found[batch] = statistics.median(_seconds(call, _CACHED_CALLS) for _ in range(times))
+        return found
 
     def _reading(self, size: int, depth: int, *, in_order: bool) -> float:
         rates = []
