@@ -46,7 +46,7 @@ def add_bench_plan(parser: argparse.ArgumentParser) -> None:
         "--length", type=numbers, default="256,64", metavar="N,...", help="longest sequence of each batch (%(default)s)"
     )
     parser.add_argument("--prompt-tokens", type=count_from_one, default=16, metavar="N", help="of each sequence (%(default)s)")
-    parser.add_argument("--tokens", type=count_from_one, default=48, metavar="N", help="most measured steps (%(default)s)")
+    parser.add_argument("--tokens", type=count_from_one, default=10_000, metavar="N", help="most measured steps (%(default)s)")
     parser.add_argument("--warm-up", type=count_from_one, default=160, metavar="N", help="most tokens before them (%(default)s)")
     parser.add_argument(
         "--seconds",
