@@ -97,7 +97,7 @@ class _Comparison:
 
     def _own_ms(self, planned: Any, state: dict[str, Any]) -> float:
         """What the plan itself is predicted to take at a pace."""
-        from ..pipeline.device import MachineState
+        from ..pipeline.machine_state import MachineState
 
         return self._predict(planned.plan, planned, self._options, MachineState.from_json(state))["total_ms"]
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ..errors import InflashError
-from ..pipeline.device import MachineState
+from ..pipeline.machine_state import MachineState
 from .memory_group import memory_group_where_possible
 from .row_process import ALLOWANCE_BYTES, RowProcess, running_row
 

@@ -60,7 +60,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 def measure(scratch: Path, folder: Path) -> Any:
     """A `Device` for the disk of `folder`, measured with files in `scratch` on the same disk."""
-    from ..pipeline.device import Device, MachineState, Rate, machine_of
+    from ..pipeline.device import Device, Rate, machine_of
+    from ..pipeline.machine_state import MachineState
     from .bench_io import scratch_store
     from .probe_layer import fetching, streaming
     from .probe_model import fitted, small_model
@@ -118,7 +119,7 @@ def _curve(
     files: Sequence[tuple[Path, int]], yardstick: Any, progress: Callable[[], object]
 ) -> tuple[list[tuple[int, int, float, Any]], list[Any]]:
     """Random reads: size, how many under way, bytes a second and the machine's state then; and all states that were seen."""
-    from ..pipeline.device import MachineState
+    from ..pipeline.machine_state import MachineState
 
     curve, states = [], [yardstick.measure() for _ in range(2)]
     for size in SIZES:

@@ -17,7 +17,7 @@ import numpy as np
 from ..kernels.compilation import jit
 from ..kernels.linear import linear
 from ..pipeline import native_library
-from ..pipeline.device import MachineState
+from ..pipeline.machine_state import MachineState
 from ..pipeline.neuron_cache import make_cache
 from ..storage.layout import bundles_path
 from ..storage.read_rate import read_rate

@@ -51,7 +51,8 @@ def test_to_know_nothing_costs_log_two(share: float) -> None:
     active[0, 0], active[0, 1] = True, False
     parameters["second"][:], parameters["bias"][:] = 0, 0
     true_share = np.float32(active.mean())
-    np.testing.assert_allclose(float(LOSS(parameters, h, active, true_share)), np.log(2), rtol=1e-5)
+    # A float32 mean of thousands of terms in whatever order: a few hundred roundings of 6e-8.
+    np.testing.assert_allclose(float(LOSS(parameters, h, active, true_share)), np.log(2), rtol=3e-5)
     parameters["bias"][:] = 1e4  # all are named: what is active costs nothing, what is not nearly everything
     sharpness = float(np.exp(parameters["log_sharpness"]))
     np.testing.assert_allclose(float(LOSS(parameters, h, active, true_share)), 1e4 * sharpness / 2, rtol=1e-4)

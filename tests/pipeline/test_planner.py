@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from inflash.errors import InflashError
 from inflash.pipeline.cost import CostModel
-from inflash.pipeline.device import Device, MachineState, assumed_device
+from inflash.pipeline.device import Device, assumed_device
 from inflash.pipeline.hit_curves import HitCurves, assumed_curves, count_misses
+from inflash.pipeline.machine_state import MachineState
 from inflash.pipeline.memory_parts import total_bytes
 from inflash.pipeline.options import EngineOptions
 from inflash.pipeline.plan import CACHED, RESIDENT, STREAMED, plan_from_options

@@ -6,8 +6,9 @@ import pytest
 from synthetic_stores import synthetic_store
 
 from inflash.pipeline.cost import CostModel
-from inflash.pipeline.device import Device, MachineState, assumed_device
+from inflash.pipeline.device import Device, assumed_device
 from inflash.pipeline.hit_curves import HitCurves, LayerCurve
+from inflash.pipeline.machine_state import MachineState
 from inflash.pipeline.options import EngineOptions
 from inflash.pipeline.plan import Plan, plan_from_options
 from inflash.storage.store import Store

@@ -17,7 +17,7 @@ from inflash.tools.yardstick import Yardstick, neuron_files
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
-    return small_model(tmp_path_factory.mktemp("tiny") / "store", 64, LAYERS)
+    return small_model(tmp_path_factory.mktemp("tiny") / "store", 256, LAYERS)
 
 
 def device(**changes: object) -> Device:
@@ -51,8 +51,9 @@ def test_the_model_says_what_the_steps_took(store: Store, monkeypatch: pytest.Mo
     for batch in (1, 2):
         assert 0 < found.cached_share[batch] < 1 and found.item_s[batch] >= 0
         assert expected_ms(found, store, batch, streamed=False) == pytest.approx(1e3 * took[False, batch], rel=1e-6)
-        if found.item_s[batch]:
-            assert expected_ms(found, store, batch, streamed=True) == pytest.approx(1e3 * took[True, batch], rel=0.05)
+        # What a streamed matrix takes beyond its parts is spent while the next one is read, so the model sees some of it at most.
+        without = expected_ms(replace(found, item_s={1: 0.0, 2: 0.0}), store, batch, streamed=True)
+        assert without <= expected_ms(found, store, batch, streamed=True) <= max(without, 1e3 * took[True, batch]) * (1 + 1e-9)
 
 
 def test_where_no_cache_keeps_the_model_nothing_is_concluded(store: Store) -> None:
