@@ -5,7 +5,7 @@ On a machine that others use, too, memory, processors and disk vary by a factor 
 
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
@@ -65,14 +65,11 @@ class Yardstick:
 
     def kernels(self, times: int = 2) -> dict[int, float]:
         """Only the products with a matrix that no cache holds."""
-        return {batch: statistics.median(_seconds(call) for _ in range(times)) for batch, call in self._products.items()}
+        return _medians(self._products, times)
 
     def cached_kernels(self, times: int = 5) -> dict[int, float]:
         """Only those with one that stays in the caches, many calls of it at a time."""
-        found = {}
-        for batch, call in self._cached_products.items():
-            found[batch] = statistics.median(_seconds(call, _CACHED_CALLS) for _ in range(times))
-        return found
+        return _medians(self._cached_products, times, _CACHED_CALLS)
 
     def _reading(self, size: int, depth: int, *, in_order: bool) -> float:
         rates = []
@@ -102,6 +99,11 @@ def _products(batches: Iterable[int], rows: int, columns: int) -> dict[int, Call
 
 def _completed(product: Callable[..., jax.Array], vectors: jax.Array, weight: jax.Array) -> jax.Array:
     return product(vectors, weight).block_until_ready()
+
+
+def _medians(products: Mapping[int, Callable[[], object]], times: int, calls: int = 1) -> dict[int, float]:
+    """Median seconds of so many calls together, done so many times, by number of sequences."""
+    return {batch: statistics.median(_seconds(call, calls) for _ in range(times)) for batch, call in products.items()}
 
 
 def _seconds(call: Callable[[], object], times: int = 1) -> float:
