@@ -15,8 +15,6 @@ import sys
 import time
 import traceback
 import warnings
-from collections import deque
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -24,16 +22,15 @@ import numpy as np
 
 from ..storage.layout import rows_path
 from ..storage.read_plan import plan_bytes
-from ..storage.read_queue import PreparedReads, open_read_queue
+from ..storage.read_queue import open_read_queue
 from ..storage.readers import DirectFile, DirectReader
 from .channel import BYTES, COUNTERS, RANGE, RING_LENGTH, ROWS, SCATTER, Channel, ChannelRegion
+from .read_schedule import ReadSchedule, Request, first_tag
 from .slab import ALIGNMENT, Slab
 from .staging import Staging, is_staged
-from .trace import COMPLETE, PLAN, READ, REQUEST, SUBMIT, attach, flow_of, recorder
+from .trace import COMPLETE, PLAN, READ, REQUEST, attach, flow_of, recorder
 
-_LARGEST_BATCH = 64  # reads that are worth waiting for
 _LOOK_UP_S = 0.0005  # how long a new request may go unnoticed while reads are under way
-_TAG_BITS = 32  # of a read's number in its plan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,66 +69,6 @@ class LoaderConfig:
         return cls(**document)
 
 
-class _Request:
-    """One request on its way.
-
-    Attributes:
-      number: in its channel.
-      reads: what it reads.
-      file: that they read from.
-      check: called when all reads are back; puts what was read where it belongs, if it is not there, and checks it.
-      ahead: nobody waits for it yet.
-      in_order: it reads a stretch rather than picked neurons.
-      num_bytes: of weights that were asked for.
-      submitted: reads that have begun.
-      remaining: reads that are not back.
-      results: [r] int64, what the kernel said of those that are.
-      span: of the trace.
-    """
-
-    __slots__ = (
-        "ahead",
-        "check",
-        "file",
-        "in_order",
-        "num_bytes",
-        "number",
-        "reads",
-        "remaining",
-        "results",
-        "span",
-        "submitted",
-    )
-
-    def __init__(
-        self,
-        number: int,
-        reads: PreparedReads,
-        file: DirectFile,
-        num_bytes: int,
-        check: Callable[[], None],
-        *,
-        ahead: bool = False,
-        in_order: bool = False,
-    ) -> None:
-        self.number, self.reads, self.file, self.num_bytes, self.check = number, reads, file, num_bytes, check
-        self.submitted, self.remaining, self.ahead = 0, len(reads.plan), ahead
-        self.in_order = in_order
-        self.results = np.empty(len(reads.plan), np.int64)
-        self.span = 0
-
-    def complete(self) -> None:
-        """Finishes reads that were cut short, and checks what was read.
-
-        Raises:
-          OSError, InflashError: a read failed, or what was read is damaged.
-        """
-        plan = self.reads.plan
-        for read in np.flatnonzero(self.results != plan.lengths).tolist():
-            self.file.finish(plan, read, int(self.results[read]))
-        self.check()
-
-
 class Loader:
     """Serves one channel from one thread, with up to `depth` reads under way."""
 
@@ -142,14 +79,13 @@ class Loader:
         self._readers: dict[tuple[int, int | None], DirectReader] = {}
         self._files: dict[int, DirectFile] = {}
         self._queue = open_read_queue(config.depth, direct=config.direct)
+        self._schedule = ReadSchedule(self._queue)
         self._trace = recorder()
         self._scratch = mmap.mmap(-1, max(config.merge_gap, ALIGNMENT))
         self._scratch_address = np.frombuffer(self._scratch, np.uint8).ctypes.data
         self._staging = Staging()
         self._served = 0
         self._counted_until = 0  # ns, of the time that is counted as busy
-        self._waiting: deque[_Request] = deque()  # with reads that have not begun
-        self._requests: dict[int, _Request] = {}  # with reads that are not back, by the upper bits of their reads' tags
 
     def serve(self) -> None:
         """Runs until the engine is gone."""
@@ -164,21 +100,20 @@ class Loader:
                 os.eventfd_read(self._config.wake_descriptor)
             self._counted_until = time.perf_counter_ns()
             self._accept_new()
-            if self._requests:
+            if self._schedule:
                 self._work()
 
     def _work(self) -> None:
         """Reads until nothing is left to read, taking new requests meanwhile."""
-        while self._requests:
-            self._submit()
-            # Few large batches cost less than many small ones, but the disk's queue must not run empty.
-            oldest = next(iter(self._requests.values()))
-            enough = oldest.remaining if oldest.submitted == len(oldest.results) else self._queue.under_way // 2
+        while self._schedule:
+            self._schedule.begin()
+            self._note_under_way()
             with self._trace.span(READ):
-                tags, results = self._queue.reap(max(1, min(enough, _LARGEST_BATCH)), _LOOK_UP_S)
+                tags, results = self._queue.reap(self._schedule.worth_waiting_for(), _LOOK_UP_S)
                 self._trace.tell(len(tags))
             self._note_under_way()
-            self._take_back(tags, results)
+            for request in self._schedule.take_back(tags, results):
+                self._finish(request)
             self._accept_new()
 
     def _accept_new(self) -> None:
@@ -195,38 +130,12 @@ class Loader:
                 self.report(error)
                 continue
             request.span = span
-            self._requests[self._served] = request
             if request.remaining:
-                self._waiting.append(request)
+                self._schedule.add(request)
             else:
                 self._finish(request)
 
-    def _submit(self) -> None:
-        """Begins as many reads as the queue has room for, oldest requests first."""
-        while self._waiting:
-            request = self._waiting[0]
-            if request.ahead and next(iter(self._requests)) != request.number:
-                return  # in the disk's queue it would stand beside reads that somebody waits for
-            with self._trace.span(SUBMIT):
-                taken = self._queue.submit(request.reads, request.submitted)
-                self._trace.tell(taken)
-            request.submitted += taken
-            self._note_under_way()
-            if request.submitted < len(request.results):
-                return
-            self._waiting.popleft()
-
-    def _take_back(self, tags: np.ndarray, results: np.ndarray) -> None:
-        numbers, reads = tags >> _TAG_BITS, tags & ((1 << _TAG_BITS) - 1)
-        for number in sorted(set(numbers.tolist())):
-            request, mine = self._requests[number], numbers == number
-            request.results[reads[mine]] = results[mine]
-            request.remaining -= int(np.count_nonzero(mine))
-            if request.remaining == 0:
-                self._finish(request)
-
-    def _finish(self, request: _Request) -> None:
-        del self._requests[request.number]
+    def _finish(self, request: Request) -> None:
         try:
             with self._trace.span(COMPLETE):
                 request.complete()
@@ -257,7 +166,7 @@ class Loader:
         for name, amount in amounts.items():
             self._channel.counters[COUNTERS.index(name)] += np.uint64(amount)
 
-    def _plan(self, number: int, record: np.void) -> _Request:
+    def _plan(self, number: int, record: np.void) -> Request:
         kind, source, start, count = (int(record[name]) for name in ("kind", "source", "start", "count"))
         if kind == BYTES:
             return self._plan_bytes(number, source, start, count, int(record["parts"][0]))
@@ -279,8 +188,8 @@ class Loader:
             return self._plan_staged(number, reader, positions, slots, parts)
         addresses = [part.ctypes.data for part in parts]
         plan = reader.plan(positions, slots, addresses, merge_gap=config.merge_gap, scratch=self._scratch_address)
-        reads = self._queue.prepare(reader.descriptor(addresses), plan, number << _TAG_BITS)
-        return _Request(
+        reads = self._queue.prepare(reader.descriptor(addresses), plan, first_tag(number))
+        return Request(
             number,
             reads,
             reader.file,
@@ -292,12 +201,12 @@ class Loader:
 
     def _plan_staged(
         self, number: int, reader: DirectReader, positions: np.ndarray, slots: np.ndarray, parts: list[np.ndarray]
-    ) -> _Request:
+    ) -> Request:
         """A stretch of neurons, read in one piece and then put into its rows."""
         bundle_bytes = len(parts) * parts[0][0].nbytes
         memory = self._staging.take(len(positions) * bundle_bytes)
         plan = reader.plan_bundles(positions, memory.ctypes.data)
-        reads = self._queue.prepare(reader.descriptor([memory.ctypes.data]), plan, number << _TAG_BITS)
+        reads = self._queue.prepare(reader.descriptor([memory.ctypes.data]), plan, first_tag(number))
 
         def check() -> None:
             bundles = memory[: len(positions) * bundle_bytes].view(parts[0].dtype).reshape(len(positions), len(parts), -1)
@@ -306,14 +215,14 @@ class Loader:
             self._staging.give_back(memory)
             reader.check(positions, slots, parts)
 
-        return _Request(number, reads, reader.file, len(positions) * bundle_bytes, check, in_order=True)
+        return Request(number, reads, reader.file, len(positions) * bundle_bytes, check, in_order=True)
 
-    def _plan_bytes(self, number: int, source: int, start: int, count: int, target: int) -> _Request:
+    def _plan_bytes(self, number: int, source: int, start: int, count: int, target: int) -> Request:
         file = self._file(source)
         direct = file.can_read_directly(ALIGNMENT, target, start) and count % ALIGNMENT == 0
         plan = plan_bytes(start, count, self._slab.array(target, (count,), np.uint8).ctypes.data)
-        reads = self._queue.prepare(file.descriptor(direct), plan, number << _TAG_BITS)
-        return _Request(number, reads, file, count, lambda: None, in_order=True)
+        reads = self._queue.prepare(file.descriptor(direct), plan, first_tag(number))
+        return Request(number, reads, file, count, lambda: None, in_order=True)
 
     def _reader(self, layer: int, part: int | None) -> DirectReader:
         """Of a layer's bundles, or of one part's rows where those lie apart."""

@@ -75,8 +75,8 @@ class ReadQueue(Protocol):
         """A plan's reads, all at once, tagged `tag + i` for read i; they have to live until all of them are back."""
         ...
 
-    def submit(self, reads: PreparedReads, first: int) -> int:
-        """Begins reads from the given one on; returns how many were taken, maybe not all."""
+    def submit(self, reads: PreparedReads, first: int, most: int | None = None) -> int:
+        """Begins reads from the given one on, at most so many (None: all); returns how many were taken, maybe fewer."""
         ...
 
     def reap(self, least: int, timeout_s: float) -> tuple[np.ndarray, np.ndarray]:
@@ -116,8 +116,8 @@ class KernelQueue:
         pointers = controls.ctypes.data + _CONTROL.itemsize * np.arange(len(plan), dtype=np.uint64)
         return PreparedReads(descriptor=descriptor, plan=plan, tag=tag, controls=controls, pointers=pointers)
 
-    def submit(self, reads: PreparedReads, first: int) -> int:
-        count = min(len(reads.plan) - first, self.depth - self.under_way)
+    def submit(self, reads: PreparedReads, first: int, most: int | None = None) -> int:
+        count = min(len(reads.plan) - first, self.depth - self.under_way, self.depth if most is None else most)
         if count <= 0:
             return 0
         assert reads.pointers is not None
@@ -166,8 +166,8 @@ class ThreadQueue:
     def prepare(self, descriptor: int, plan: ReadPlan, tag: int) -> PreparedReads:
         return PreparedReads(descriptor=descriptor, plan=plan, tag=tag)
 
-    def submit(self, reads: PreparedReads, first: int) -> int:
-        count = max(0, min(len(reads.plan) - first, self.depth - self.under_way))
+    def submit(self, reads: PreparedReads, first: int, most: int | None = None) -> int:
+        count = max(0, min(len(reads.plan) - first, self.depth - self.under_way, self.depth if most is None else most))
         for read in range(first, first + count):
             self._todo.put((reads.tag + read, reads.descriptor, reads.plan, read))
         self.under_way += count
