@@ -1,12 +1,11 @@
 """What a decoding step will take: a step of a plan gone through on paper, with the figures of a device.
 
 Time goes on with what the engine does one after the other (attention, predictor, placing, neurons); beside it the disk serves what the
-loaders were asked for, in order. Where the engine has nothing left to compute it waits. So how much of the reading hides behind computing
+loaders were asked for. Where the engine has nothing left to compute it waits. So how much of the reading hides behind computing
 comes out of the going-through, and is no figure of its own. Reference: arXiv:2312.11514, 2.3.
 """
 
 import math
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
@@ -15,8 +14,10 @@ from .device import GROUP_SIZE, Device
 from .feed_forward import STREAM_BUFFERS, block_rows
 from .hit_curves import HitCurves, LayerCurve
 from .options import EngineOptions
+from .paper_disk import PaperDisk, PaperStream
 from .plan import CACHED, STREAMED, Plan
 from .predictors import predictor_bytes
+from .read_schedule import BYTES_BEFORE_NEURONS
 from .weights import compute_dtype
 
 _STEPS = 3  # gone through; the last one is steady
@@ -35,43 +36,6 @@ class StepCost:
 
     def to_json(self) -> dict[str, float]:
         return {name: value for name, value in asdict(self).items() if name.endswith("_ms")}
-
-
-class _Disk:
-    """Serves requests in order.
-
-    Attributes:
-      free_s: when it has served all it was asked for.
-      busy_s: time that it has been reading.
-    """
-
-    def __init__(self) -> None:
-        self.free_s = self.busy_s = 0.0
-
-    def ask(self, now_s: float, seconds: float) -> float:
-        """When the request will be done."""
-        self.free_s = max(self.free_s, now_s) + seconds
-        self.busy_s += seconds
-        return self.free_s
-
-
-class _Stream:
-    """`BlockStream` on paper: items of known length in a cycle, some buffers ahead."""
-
-    def __init__(self, disk: _Disk, seconds: Sequence[float], num_buffers: int) -> None:
-        self._disk, self._seconds, self._next = disk, seconds, 0
-        self._ahead: deque[float] = deque()
-        for _ in range(num_buffers):
-            self.ask(0.0)
-
-    def ask(self, now_s: float) -> None:
-        """A buffer is free for the next item."""
-        self._ahead.append(self._disk.ask(now_s, self._seconds[self._next]))
-        self._next = (self._next + 1) % len(self._seconds)
-
-    def take(self) -> float:
-        """When the next item is there."""
-        return self._ahead.popleft()
 
 
 class CostModel:
@@ -153,7 +117,8 @@ class _Walk:
         self._head_s = self._kernel("head", config.vocab_size * config.embed_dim * model.item_bytes)
         self._rows = block_rows(model.store, plan.block_bytes)
         self.now = self.wait = self.memory = self.compute = self.processor = self.reads = self.num_bytes = 0.0
-        self._disk, self._arriving = _Disk(), dict[int, float]()
+        self._arriving: dict[int, float] = {}
+        self._disk = PaperDisk(plan.loaders * BYTES_BEFORE_NEURONS / self._device.stream_bytes_per_s)
         layer_bytes, head_bytes = 2 * bundles.row_bytes * 2 * config.d_model, config.vocab_size * config.embed_dim * 2
         self._matrix_bytes = [layer_bytes] * sum(plan.streamed_attention)
         if plan.streamed_head:
@@ -167,10 +132,10 @@ class _Walk:
         ]
         self._blocks = self._stream(self._block_bytes * streamed, STREAM_BUFFERS, self._device.stream_bytes_per_s)
 
-    def _stream(self, sizes: Sequence[int], num_buffers: int, bytes_per_s: float) -> _Stream | None:
+    def _stream(self, sizes: Sequence[int], num_buffers: int, bytes_per_s: float) -> PaperStream | None:
         if not sizes:
             return None
-        return _Stream(self._disk, [self._device.request_s / 4 + size / bytes_per_s for size in sizes], num_buffers)
+        return PaperStream(self._disk, [self._device.request_s / 4 + size / bytes_per_s for size in sizes], num_buffers)
 
     def totals(self) -> tuple[float, ...]:
         return (
@@ -207,9 +172,9 @@ class _Walk:
         else:
             self._compute(self._head_s)
 
-    def _take(self, stream: _Stream, size: int, seconds: float) -> None:
+    def _take(self, stream: PaperStream, size: int, seconds: float) -> None:
         """An item of a stream, computed with for so long."""
-        self._wait_until(stream.take())
+        self._wait_until(stream.take(self.now))
         self._compute(seconds)
         stream.ask(self.now)
         self._count(size / (1 << 20), size, size * self._device.stream_cpu_s)
@@ -238,7 +203,7 @@ class _Walk:
         device = self._device
         self._count(neurons, neurons * self._bundle_bytes, neurons * device.read_cpu_s)
         depth, loaders = self._plan.queue_depth * self._plan.loaders, self._plan.loaders
-        return self._disk.ask(self.now, device.read_s(neurons, self._bundle_bytes, depth, loaders))
+        return self._disk.ask_neurons(self.now, device.read_s(neurons, self._bundle_bytes, depth, loaders))
 
     def _place(self, neurons: float, missing: float) -> None:
         """Fewer than one missing neuron a step is a request in so many steps."""

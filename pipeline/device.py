@@ -112,7 +112,8 @@ class Device:
       asking: of the engine's time for a request to loaders, and for giving out its slots, beyond placing; "bytes" are neurons.
       request_s: from asking a loader for one neuron until it is there, beyond the read itself.
       loader_share: that a loader reaches of the disk's own rate of random reads, or of what its processor time allows.
-      read_cpu_s, stream_cpu_s: processor time of a loader for a random read, and for a byte that is streamed.
+      read_cpu_s: processor time of a loader for a random read.
+      stream_cpu_s: that kernels lose for a byte that streams by, to the loader and to whoever else works for a read.
     """
 
     state: MachineState
