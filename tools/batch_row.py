@@ -28,6 +28,7 @@ class RowConfig:
 
     Attributes:
       model, memory, path: see `EngineOptions`.
+      batch: requests decoded together.
       prompts: token ids of each request.
       tokens: that each makes.
     """
@@ -35,20 +36,24 @@ class RowConfig:
     model: str
     memory: int
     path: str
+    batch: int
     prompts: list[list[int]]
     tokens: int
 
 
 def measure(config: RowConfig) -> dict[str, Any]:
-    """Runs the requests, after a few tokens of each that fill the caches."""
-    count = len(config.prompts)
-    with LLM(config.model, memory=config.memory, path=config.path, max_num_seqs=count) as llm:
-        params = [SamplingParams(temperature=1, seed=row, ignore_eos=True, max_tokens=config.tokens) for row in range(count)]
-        first = [SamplingParams(temperature=1, seed=row, ignore_eos=True, max_tokens=_WARM_UP_TOKENS) for row in range(count)]
+    """Runs the requests, after a few tokens of the first of them that fill the caches."""
+    with LLM(config.model, memory=config.memory, path=config.path, max_num_seqs=config.batch) as llm:
+        params = _params(len(config.prompts), config.tokens)
         size = RunSize()
         for prompt, one in zip(config.prompts, params, strict=True):
             size.add(len(prompt), one)
-        _run(llm, [prompt[:_WARM_UP_PROMPT] for prompt in config.prompts], first, size)
+        _run(
+            llm,
+            [prompt[:_WARM_UP_PROMPT] for prompt in config.prompts[: config.batch]],
+            _params(config.batch, _WARM_UP_TOKENS),
+            size,
+        )
         before, read, began = llm.times.copy(), llm.engine.pool.bytes_requested, time.perf_counter()
         generated = _run(llm, config.prompts, params, size)
         seconds, after, engine = time.perf_counter() - began, llm.times, llm.engine
@@ -72,6 +77,10 @@ def measure(config: RowConfig) -> dict[str, Any]:
             "cache_share": sum(engine.plan.slots) / num_layers / engine.config.d_ff,
             "held_bytes": held_bytes(engine),
         }
+
+
+def _params(count: int, tokens: int) -> list[SamplingParams]:
+    return [SamplingParams(temperature=1, seed=row, ignore_eos=True, max_tokens=tokens) for row in range(count)]
 
 
 def _run(llm: LLM, prompts: list[list[int]], params: list[SamplingParams], size: RunSize) -> int:

@@ -63,7 +63,13 @@ def add_batch(parser: argparse.ArgumentParser) -> None:
         "--memory-limit", type=byte_count, required=True, metavar="BYTES", help="memory of every row, such as 1.25GiB"
     )
     parser.add_argument(
-        "--batch", type=numbers, default="1,4,16,64", metavar="B,...", help="requests, all of them decoded together (%(default)s)"
+        "--batch", type=numbers, default="1,4,16,64", metavar="B,...", help="requests decoded together (%(default)s)"
+    )
+    parser.add_argument(
+        "--requests",
+        type=count_from_one,
+        metavar="N",
+        help="requests of every row; a batch takes the next where one is finished (default: as many as are decoded together)",
     )
     parser.add_argument(
         "--paths",

@@ -28,7 +28,8 @@ def run(arguments: argparse.Namespace) -> int:
 
         check_plot(arguments.plot)
     store = open_store(arguments.model)
-    token_ids, source = tokens_for(store, arguments.text, max(arguments.batch), arguments.prompt_tokens)
+    most = arguments.requests or max(arguments.batch)
+    token_ids, source = tokens_for(store, arguments.text, most, arguments.prompt_tokens)
     length = arguments.prompt_tokens + arguments.tokens
     results: list[dict[str, Any]] = []
     with progress_bar(total=len(arguments.batch) * len(arguments.paths), desc="measuring", unit=" runs") as bar:
@@ -41,7 +42,8 @@ def run(arguments: argparse.Namespace) -> int:
                 config = {
                     "memory": memory,
                     "path": path,
-                    "prompts": token_ids[:batch].tolist(),
+                    "batch": batch,
+                    "prompts": token_ids[: arguments.requests or batch].tolist(),
                     "tokens": arguments.tokens,
                 }
                 results.append(row | _measured(arguments.model, config))
@@ -66,7 +68,8 @@ def _report(store: Store, arguments: argparse.Namespace, results: list[dict[str,
     measured = [row for row in results if "failed" not in row]
     print(
         f"{store.path}: {store.num_bytes / 2**30:.2f} GiB, memory limit {arguments.memory_limit / 2**30:.2f} GiB"
-        f"{', KV cache on top' if arguments.kv_on_top else ''}; prompts of {arguments.prompt_tokens} tokens from {source}, "
+        f"{', KV cache on top' if arguments.kv_on_top else ''}; "
+        f"{f'{arguments.requests} requests, ' if arguments.requests else ''}prompts of {arguments.prompt_tokens} tokens from {source}, "
         f"{arguments.tokens} tokens each\n"
     )
     rows = [
