@@ -10,6 +10,7 @@ then, and where there is none, every kernel is XLA's.
 import ctypes
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,7 @@ _TARGETS = ("inflash_linear", "inflash_predict", "inflash_attend", "inflash_ffn"
 
 _registered: list[ctypes.CDLL] = []  # kept for as long as the process lives, as XLA has its addresses
 _used = [False]
-_forced: list[bool] = []
+_forced: ContextVar[bool | None] = ContextVar("forced", default=None)
 
 
 def register(library: ctypes.CDLL) -> None:
@@ -50,11 +51,11 @@ def choosing(native: bool) -> Iterator[None]:
 
     JAX keeps what it has traced: give `jit` a function of its own for each form.
     """
-    _forced.append(native)
+    before = _forced.set(native)
     try:
         yield
     finally:
-        _forced.pop()
+        _forced.reset(before)
 
 
 def serves(
@@ -135,7 +136,8 @@ def native_ffn(
 
 
 def _chosen() -> bool:
-    return _forced[-1] if _forced else _used[0]
+    forced = _forced.get()
+    return _used[0] if forced is None else forced
 
 
 def _f32(array: jax.Array) -> jax.Array:

@@ -163,7 +163,7 @@ class Engine:
     def _load_predictor(self, name: str, layers: Sequence[int]) -> StoredPredictor:
         return StoredPredictor(self.store, name, layers, verify=self.options.verify)
 
-    def prepare(self, num_seqs: int, max_length: int, num_positions: int | None = None) -> None:
+    def prepare(self, num_seqs: int, max_length: int, num_positions: int | None = None, *, prompts: bool = True) -> None:
         """Makes room for `num_seqs` sequences of up to `max_length` tokens and compiles everything they need.
 
         Afterwards every sequence has the blocks of the KV cache that `KVCache.share_out` gives it.
@@ -172,6 +172,7 @@ class Engine:
           num_seqs, max_length: B, and the longest of them.
           num_positions: of the KV cache, in all, or as many of them as fit, which are enough for one sequence; None: room for all
             sequences at their longest.
+          prompts: whether there will be any; without, only decoding is compiled.
 
         Raises:
           InflashError: the model has fewer positions, or the KV cache does not fit.
@@ -191,7 +192,7 @@ class Engine:
         check_kv_cache(self.store, room)
         self.kv_cache = KVCache(self.config, self.shape, num_seqs, max_length, num_blocks=room // BLOCK_SIZE)
         with self._trace.span(COMPILE):
-            self._warm_up()
+            self._warm_up(prompts=prompts)
             trim()  # compiling leaves much behind
 
     def process_prompts(self, prompts: Sequence[tuple[int, np.ndarray]]) -> jax.Array:
@@ -345,7 +346,7 @@ class Engine:
         """What follows the layer's neurons, [B, D] to [B, D]: the post-LN norm, or nothing."""
         return x if self.shape.norm_first else _after_ffn(x, self.weights.layers[layer], self.shape)
 
-    def _warm_up(self) -> None:
+    def _warm_up(self, *, prompts: bool) -> None:
         """Compiles every kernel for this batch and capacity by running it once, on layer 0 and on nothing."""
         examples = self.matrices.examples()
         nothing, nobody = np.zeros(self.num_seqs, np.int32), np.zeros(0, np.int32)
@@ -361,7 +362,7 @@ class Engine:
                 tile = predicted
         self.neurons.warm_up_step(tile)
         self.matrices.warm_up(x)
-        for size in sizes_for(self.kv_cache.num_positions):
+        for size in sizes_for(self.kv_cache.num_positions) if prompts else []:
             chunk = Chunk.pack(nobody, nobody, nobody, size)
             for weights in examples:
                 tile = self._attend(0, weights, self.kv_cache.tables(), chunk, zeros((size, self.config.d_model)))

@@ -2,17 +2,18 @@
 
 The disk's curve is measured with our read queue alone, and kernels at several widths among themselves. How layers stream and how their
 neurons are fetched is measured with the engine's own parts, see `probe_layer`, and what a whole step takes beyond the sum of its parts with
-a small model, see `probe_model`. Files of some hundred megabytes are written to the disk for that, and removed.
+a small model and a tiny one, see `probe_model`. Files of some hundred megabytes are written to the disk for that, and removed.
 """
 
 import argparse
 import json
 import os
-import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,11 +29,11 @@ from .table import table
 SIZES = (4 << 10, 8 << 10, 16 << 10, 32 << 10, 128 << 10, 1 << 20)
 DEPTHS = (1, 16, 128)
 BATCHES = (1, 8)
-WIDTHS = (256, 1024, 2048, 4096)
+WIDTHS = (256, 2048, 4096)
 """d_model of the kernels; d_ff is four times as much."""
 _TOLD = (1 << 20, 8 << 20, 64 << 20)
-_BUNDLE_BYTES, _FILE_MIB = 8 << 10, 384
-_CURVE_S, _KERNEL_S = 0.25, 0.1
+_BUNDLE_BYTES, _FILE_MIB, _FEW_MIB = 8 << 10, 384, 64
+_CURVE_S, _KERNEL_S = 0.12, 0.08
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -60,32 +61,49 @@ def run(arguments: argparse.Namespace) -> int:
 
 def measure(scratch: Path, folder: Path) -> Any:
     """A `Device` for the disk of `folder`, measured with files in `scratch` on the same disk."""
-    from ..pipeline.device import Device, Rate, machine_of
-    from ..pipeline.machine_state import MachineState
-    from .bench_io import scratch_store
-    from .probe_layer import fetching, streaming
-    from .probe_model import fitted, small_model
-    from .probe_tiny_model import LAYERS, WIDTH, fitted_tiny
-    from .yardstick import Yardstick, neuron_files
+    with progress_bar(total=len(SIZES) * len(DEPTHS) + 7, desc="measuring", unit=" steps") as bar, ExitStack() as opened:
+        return _Probe(scratch, folder, opened).measure(bar.update)
 
-    steps = len(SIZES) * len(DEPTHS) + 7
-    with progress_bar(total=steps, desc="measuring", unit=" steps") as bar:
-        own = scratch_store(scratch / "neurons", _BUNDLE_BYTES, _FILE_MIB)
-        store = open_store(folder) if (folder / "zarr.json").exists() else own
-        files = neuron_files(store)
-        yardstick = Yardstick(files, BATCHES)
-        bar.update()
-        kernels, pace, cached_pace = _kernels(yardstick)
-        bar.update()
-        curve, states = _curve(files, yardstick, bar.update)
+
+class _Probe:
+    """What is measured, written and compiled: one processor works on kernels and the tiny model, another on the small one."""
+
+    def __init__(self, scratch: Path, folder: Path, opened: ExitStack) -> None:
+        from .bench_io import scratch_store
+        from .probe_kernels import ProbedKernels
+        from .probe_model import SmallModel
+        from .probe_tiny_model import TinyModel
+        from .yardstick import Yardstick, neuron_files
+
+        with ThreadPoolExecutor(1) as beside:
+            compiling = beside.submit(ProbedKernels, WIDTHS, BATCHES)
+            making = beside.submit(lambda: opened.enter_context(TinyModel(scratch / "tiny", BATCHES)))
+            given = (folder / "zarr.json").exists()  # then the other is only for neurons of a known size
+            self.folder, self.own = folder, scratch_store(scratch / "neurons", _BUNDLE_BYTES, _FEW_MIB if given else _FILE_MIB)
+            self.small = opened.enter_context(SmallModel(scratch / "model", BATCHES))
+            self.kernels, self.tiny = compiling.result(), making.result()
+        self.store = open_store(folder) if given else self.own
+        self.files = neuron_files(self.store)
+        self.yardstick = Yardstick(self.files, BATCHES)
+
+    def measure(self, progress: Callable[[], object]) -> Any:
+        """The `Device`."""
+        from ..pipeline.device import Device, Rate, machine_of
+        from ..pipeline.machine_state import MachineState
+        from .probe_layer import fetching, streaming
+
+        progress()
+        kernels, pace, cached_pace = self.kernels.measure(_KERNEL_S, self.yardstick.kernels, self.yardstick.cached_kernels)
+        progress()
+        curve, states = _curve(self.files, self.yardstick, progress)
         state = replace(MachineState.between(states), kernel_s=pace, cached_kernel_s=cached_pace)
-        streamed = streaming(store, yardstick, state, BATCHES)
-        bar.update()
-        fetched = fetching(own, yardstick, state)
-        bar.update()
+        streamed = streaming(self.store, self.yardstick, state, BATCHES)
+        progress()
+        fetched = fetching(self.own, self.yardstick, state)
+        progress()
         device = Device(
             state=state,
-            machine=machine_of(folder),
+            machine=machine_of(self.folder),
             cores=len(os.sched_getaffinity(0)),
             cache_bytes=_cache_bytes(),
             read_curve=_curve_in(state, curve),
@@ -101,12 +119,12 @@ def measure(scratch: Path, folder: Path) -> Any:
             **streamed,
             **fetched,
         )
-        bar.update()
-        device = fitted(device, small_model(scratch / "model"), yardstick, BATCHES)
-        bar.update()
-        device = fitted_tiny(device, small_model(scratch / "tiny", WIDTH, LAYERS), yardstick, BATCHES)
-        bar.update()
-    return device
+        progress()
+        device = self.small.fitted(device, self.yardstick)
+        progress()
+        device = self.tiny.fitted(device, self.yardstick)
+        progress()
+        return device
 
 
 def _cache_bytes() -> int:
@@ -121,16 +139,17 @@ def _curve(
     """Random reads: size, how many under way, bytes a second and the machine's state then; and all states that were seen."""
     from ..pipeline.machine_state import MachineState
 
-    curve, states = [], [yardstick.measure() for _ in range(2)]
-    for size in SIZES:
+    curve, states = [], [yardstick.measure()]
+    for turn, size in enumerate(SIZES):
         rates = []
         for number, depth in enumerate(DEPTHS):
             file, file_bytes = files[(len(curve) + number) % len(files)]
             rates.append((depth, read_rate(file, file_bytes, min(size, file_bytes), depth, _CURVE_S)))
             progress()
-        states.append(yardstick.measure())
-        curve += [(size, depth, rate, MachineState.between(states[-2:])) for depth, rate in rates]
-    return curve, states
+        curve += [(size, depth, rate, len(states)) for depth, rate in rates]
+        if turn % 2 or size == SIZES[-1]:
+            states.append(yardstick.measure())
+    return [(*point, MachineState.between(states[at - 1 : at + 1])) for *point, at in curve], states
 
 
 def _curve_in(state: Any, curve: Sequence[tuple[int, int, float, Any]]) -> tuple[Any, ...]:
@@ -141,55 +160,6 @@ def _curve_in(state: Any, curve: Sequence[tuple[int, int, float, Any]]) -> tuple
         ReadPoint(size=size, depth=depth, bytes_per_s=rate * state.random_bytes_per_s / then.random_bytes_per_s)
         for size, depth, rate, then in curve
     )
-
-
-def _kernels(yardstick: Any) -> tuple[dict[str, Any], Any, Any]:
-    """What the kernels of resident weights take at several widths, and the yardstick's products beside which the large and the small did.
-
-    The smallest are measured among themselves: a model of that width stays in the processor's caches, too.
-    """
-    from ..pipeline.device import KernelTimes
-    from .bench_kernels import FEW_POSITIONS, kernel_seconds
-
-    names = {
-        "attention": "short attention",
-        "head": "head",
-        "predictor": "predictor",
-        "two predictors": "predictor and look-ahead",
-    }
-    names |= {"gather": "gathered_ffn", "dense": "dense_ffn"}
-    wanted = (*names.values(), "attention")
-    small, cached_pace = kernel_seconds(WIDTHS[:1], BATCHES, wanted, _KERNEL_S, yardstick.cached_kernels)
-    large, pace = kernel_seconds(WIDTHS[1:], BATCHES, wanted, _KERNEL_S, yardstick.kernels)
-    measured = small | large
-    looking = {batch: _looking_back(measured, batch) for batch in BATCHES}
-    found: dict[str, dict[int, Any]] = {name: {} for name in names}
-    for name, kernel in names.items():
-        for batch in BATCHES:
-            points = [measured[kernel, width, batch] for width in WIDTHS]
-            if name == "attention":
-                points = [
-                    _without(looking[batch], FEW_POSITIONS * batch * 8 * width, *point)
-                    for width, point in zip(WIDTHS, points, strict=True)
-                ]
-            found[name][batch] = KernelTimes.of(points)
-    return found | {"keys and values": {batch: KernelTimes.along(rate) for batch, rate in looking.items()}}, pace, cached_pace
-
-
-def _looking_back(measured: Mapping[tuple[str, int, int], tuple[float, float]], batch: int) -> Any:
-    """The rate at which attention takes in keys and values: by how much longer it takes over many positions than over few."""
-    from ..pipeline.device import Rate
-
-    rates = []
-    for width in WIDTHS[1:]:
-        (most, longer), (least, shorter) = (measured[kernel, width, batch] for kernel in ("attention", "short attention"))
-        rates.append((most - least) / max(longer - shorter, 1e-9))
-    return Rate(fixed_s=0.0, bytes_per_s=statistics.median(rates))
-
-
-def _without(rate: Any, looked_at: float, num_bytes: float, seconds: float) -> tuple[float, float]:
-    """A kernel's point less what it looked back on."""
-    return num_bytes - looked_at, max(seconds - rate.seconds(looked_at), seconds / 2)
 
 
 def _dram() -> dict[int, float]:

@@ -20,8 +20,8 @@ from ..storage.store import Store
 from ..storage.synthetic import Planting, SyntheticSource
 from .synth import PREDICTOR, planted_predictors
 
-_WIDTH, _LAYERS, _VOCABULARY, _LENGTH = 1024, 8, 4096, 128
-_PROMPT = 16
+_WIDTH, _LAYERS, _VOCABULARY, _LENGTH = 1024, 5, 4096, 64
+_PROMPT, _POSITIONS = 16, 128
 _TURNS, _TURN_STEPS, _WARM_STEPS = 3, 8, 6
 _SLOTS = (1.5, 4.0)  # times what a step names: a cache as small as plans have, and one that misses little
 _SHARES, _DISTURBED_S = np.linspace(0.5, 1.0, 6), np.linspace(0, 4e-3, 21)  # that are tried
@@ -29,42 +29,62 @@ _ASKED_S = _DISTURBED_S[::10]  # of those the model is asked about; between them
 
 
 def small_model(path: Path, width: int = _WIDTH, num_layers: int = _LAYERS) -> Store:
-    """A store of 220 MB, unless said otherwise."""
+    """A store of 140 MB, unless said otherwise."""
     config = ModelConfig(
         family="opt", vocab_size=_VOCABULARY, d_model=width, d_ff=4 * width, num_layers=num_layers, num_heads=width // 64,
-        max_positions=_LENGTH, embed_dim=width, position_offset=2,
+        max_positions=_POSITIONS, embed_dim=width, position_offset=2,
     )  # fmt: skip
     with SyntheticSource(config, "a small model", Planting()) as source:
         return convert(source, path, predictor_rank=0, predictors=planted_predictors(source))
 
 
-def fitted(device: Any, store: Store, yardstick: Any, batches: tuple[int, ...]) -> Any:
-    """The `Device` with the figures that the steps of a small model tell.
+class SmallModel:
+    """The model with an engine that is ready to decode."""
 
-    Those are how neurons are placed and asked for, what a layer takes beyond its parts, what requests disturb, and the loaders' share.
+    def __init__(self, path: Path, batches: Sequence[int]) -> None:
+        """Writes the model and compiles what `batches` of sequences need."""
+        from ..pipeline.engine import Engine
+        from ..pipeline.options import EngineOptions
+        from ..pipeline.plan import plan_from_options
 
-    Args:
-      device: with all else measured; those are nothing.
-      store: of `small_model`.
-      yardstick: the machine's pace.
-      batches: sequences decoded together.
-    """
-    from ..pipeline.engine import Engine
-    from ..pipeline.options import EngineOptions
-    from ..pipeline.plan import plan_from_options
+        self._store, self._batches = small_model(path), batches
+        self._options = EngineOptions(predictor=PREDICTOR, prefetch="none", cache_neurons=1.0, merge_gap=0, path="sparse")
+        plan = replace(plan_from_options(self._store, self._options), prompt_tokens=_PROMPT)
+        self._engine = Engine(self._store, self._options, plan=plan)
+        try:
+            for batch in batches[1:]:
+                self._engine.prepare(batch, _LENGTH, prompts=False)
+            self._engine.prepare(batches[0], _LENGTH)
+        except BaseException:
+            self._engine.close()
+            raise
 
-    options = EngineOptions(predictor=PREDICTOR, prefetch="none", cache_neurons=1.0, merge_gap=0, path="sparse")
-    plan, d_ff = plan_from_options(store, options), store.config.d_ff
-    whole: dict[int, MeasuredSteps] = {}
-    missing: dict[int, list[MeasuredSteps]] = {}
-    with Engine(store, options, plan=replace(plan, prompt_tokens=max(batches) * _PROMPT)) as engine:
-        for batch in batches:
-            steps = _Steps(engine, store, options, batch)
-            whole[batch] = steps.measure(yardstick, d_ff)
-            missing[batch] = [steps.measure(yardstick, min(d_ff, round(times * whole[batch].named))) for times in _SLOTS]
-    device = with_memory_management(device, list(whole.values()), [each for some in missing.values() for each in some])
-    layer_s = {batch: max(0.0, each.beyond_s(device)) / store.config.num_layers for batch, each in whole.items()}
-    return best_of(replace(device, layer_s=layer_s), missing)
+    def fitted(self, device: Any, yardstick: Any) -> Any:
+        """The `Device` with the figures that the model's steps tell.
+
+        Those are how neurons are placed and asked for, what a layer takes beyond its parts, what requests disturb, and the loaders'
+        share.
+
+        Args:
+          device: with all else measured; those are nothing.
+          yardstick: the machine's pace.
+        """
+        store, d_ff = self._store, self._store.config.d_ff
+        steps = _Steps(self._engine, store, self._options)
+        whole = {batch: steps.measure(yardstick, batch, d_ff) for batch in self._batches}
+        missing: dict[int, list[MeasuredSteps]] = {}
+        for batch in reversed(self._batches):
+            named = whole[batch].named
+            missing[batch] = [steps.measure(yardstick, batch, min(d_ff, round(times * named))) for times in _SLOTS]
+        device = with_memory_management(device, list(whole.values()), [each for some in missing.values() for each in some])
+        layer_s = {batch: max(0.0, each.beyond_s(device)) / store.config.num_layers for batch, each in whole.items()}
+        return best_of(replace(device, layer_s=layer_s), missing)
+
+    def __enter__(self) -> "SmallModel":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._engine.close()
 
 
 def with_memory_management(device: Any, whole: "Sequence[MeasuredSteps]", missing: "Sequence[MeasuredSteps]") -> Any:
@@ -144,16 +164,16 @@ class MeasuredSteps:
 class _Steps:
     """Decodes random tokens on and on."""
 
-    def __init__(self, engine: Any, store: Store, options: Any, batch: int) -> None:
-        self._engine, self._store, self._options, self._batch = engine, store, options, batch
-        self._rng = np.random.default_rng(0)
-        engine.prepare(batch, _LENGTH)
-        self._resize(store.config.d_ff)  # what streams by for the prompts stays
-        engine.process_prompts([(row, self._tokens(_PROMPT)) for row in range(batch)])
-        self._at = _PROMPT
+    def __init__(self, engine: Any, store: Store, options: Any) -> None:
+        self._engine, self._store, self._options, self._batch = engine, store, options, 1
+        self._rng, self._at = np.random.default_rng(0), _PROMPT
+        self._resize(store.config.d_ff)  # what streams by for a prompt stays
+        engine.process_prompts([(0, self._tokens(_PROMPT))])
 
-    def measure(self, yardstick: Any, slots: int) -> MeasuredSteps:
+    def measure(self, yardstick: Any, batch: int, slots: int) -> MeasuredSteps:
         engine, layers = self._engine, self._store.config.num_layers
+        self._batch = batch
+        engine.prepare(batch, _LENGTH, prompts=False)
         self._resize(slots)
         self._run(_WARM_STEPS)
         before, turns = engine.times.copy(), []

@@ -6,57 +6,70 @@ hundred KiB that is much of their time. And a loader that reads a matrix takes a
 
 import statistics
 import time
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
 
 import numpy as np
 
-from ..storage.store import Store
+from .probe_model import small_model
 
-WIDTH, LAYERS = 256, 4
+WIDTH, _LAYERS = 256, 4
 """Of the model: that of the smallest kernels that are timed."""
 _LENGTH, _POSITION = 128, 64
-_TURNS, _TURN_STEPS = 15, 20
+_TURNS, _TURN_STEPS = 9, 20
 
 
-def fitted_tiny(device: Any, store: Store, yardstick: Any, batches: tuple[int, ...]) -> Any:
-    """The `Device` with `cached_share` and `item_s` as this model's steps tell them.
+class TinyModel:
+    """The model with two engines that are ready to decode: one with all of it in memory, one that streams attention's matrices."""
 
-    Args:
-      device: with all else measured; of a machine whose caches keep the model, else nothing is concluded.
-      store: of `small_model`, of this width.
-      yardstick: the machine's pace.
-      batches: sequences decoded together.
-    """
-    if not device.keeps(store.num_bytes):
-        return device
-    whole = _step_s(store, yardstick, device, batches, streamed=False)
-    expected = {batch: _expected_s(device, store, batch, streamed=False) for batch in batches}
-    device = replace(device, cached_share={batch: min(1.0, whole[batch] / expected[batch]) for batch in batches})
-    passing = _step_s(store, yardstick, device, batches, streamed=True)
-    beyond = {batch: passing[batch] - _expected_s(device, store, batch, streamed=True) for batch in batches}
-    return replace(device, item_s={batch: max(0.0, beyond[batch]) / LAYERS for batch in batches})
+    def __init__(self, path: Path, batches: Sequence[int]) -> None:
+        """Writes the model and compiles what `batches` of sequences need."""
+        from ..pipeline.engine import Engine
+        from ..pipeline.options import EngineOptions
 
+        self.store, self._batches = small_model(path, WIDTH, _LAYERS), batches
+        with ExitStack() as opened:
+            self._engines: dict[bool, Any] = {}
+            for streamed in (False, True):
+                plan = self.plan(max(batches), streamed=streamed)
+                self._engines[streamed] = engine = opened.enter_context(Engine(self.store, EngineOptions(), plan=plan))
+                for batch in batches:
+                    engine.prepare(batch, _LENGTH, prompts=False)
+            self._open = opened.pop_all()
 
-def _plan(store: Store, batch: int, *, streamed: bool) -> Any:
-    from ..pipeline.options import EngineOptions
-    from ..pipeline.plan import plan_from_options
+    def fitted(self, device: Any, yardstick: Any) -> Any:
+        """The `Device` with `cached_share` and `item_s` as this model's steps tell them.
 
-    plan = plan_from_options(store, EngineOptions(ffn="resident", max_num_seqs=batch, max_model_len=_LENGTH))
-    return replace(plan, streamed_attention=(streamed,) * LAYERS)
+        Args:
+          device: with all else measured; of a machine whose caches keep the model, else nothing is concluded.
+          yardstick: the machine's pace.
+        """
+        if not device.keeps(self.store.num_bytes):
+            return device
+        whole = self.step_s(device, yardstick, streamed=False)
+        expected = {batch: self.expected_s(device, batch, streamed=False) for batch in self._batches}
+        device = replace(device, cached_share={batch: min(1.0, whole[batch] / expected[batch]) for batch in self._batches})
+        passing = self.step_s(device, yardstick, streamed=True)
+        beyond = {batch: passing[batch] - self.expected_s(device, batch, streamed=True) for batch in self._batches}
+        return replace(device, item_s={batch: max(0.0, beyond[batch]) / _LAYERS for batch in self._batches})
 
+    def plan(self, batch: int, *, streamed: bool) -> Any:
+        """Everything in memory, but attention's matrices where they are streamed."""
+        from ..pipeline.options import EngineOptions
+        from ..pipeline.plan import plan_from_options
 
-def _step_s(store: Store, yardstick: Any, device: Any, batches: tuple[int, ...], *, streamed: bool) -> dict[int, float]:
-    """Seconds of a step at the pace of the device's own figures, by number of sequences: all in memory, or attention streamed."""
-    from ..pipeline.engine import Engine
-    from ..pipeline.options import EngineOptions
+        plan = plan_from_options(self.store, EngineOptions(ffn="resident", max_num_seqs=batch, max_model_len=_LENGTH))
+        return replace(plan, streamed_attention=(streamed,) * _LAYERS)
 
-    found = {}
-    with Engine(store, EngineOptions(), plan=_plan(store, max(batches), streamed=streamed)) as engine:
-        for batch in batches:
-            engine.prepare(batch, _LENGTH)
+    def step_s(self, device: Any, yardstick: Any, *, streamed: bool) -> dict[int, float]:
+        """Seconds of a step at the pace of the device's own figures, by number of sequences."""
+        found, engine = {}, self._engines[streamed]
+        for batch in self._batches:
+            engine.prepare(batch, _LENGTH, prompts=False)
             tokens, positions = np.full(batch, 7, np.int32), np.full(batch, _POSITION, np.int32)
-            engine.process_prompts([(row, np.arange(_POSITION, dtype=np.int32)) for row in range(batch)])
             seconds = []
             for _ in range(_TURNS):
                 pace = yardstick.cached_kernels()[batch] / device.state.cached_kernel_s[batch]
@@ -65,14 +78,19 @@ def _step_s(store: Store, yardstick: Any, device: Any, batches: tuple[int, ...],
                     engine.decode(tokens, positions, np.ones(batch, bool))
                 seconds.append((time.perf_counter() - began) / _TURN_STEPS / pace)
             found[batch] = statistics.median(seconds)
-    return found
+        return found
 
+    def expected_s(self, device: Any, batch: int, *, streamed: bool) -> float:
+        """What the cost model says of a step, at the device's own pace."""
+        from ..pipeline.cost import CostModel
+        from ..pipeline.hit_curves import assumed_curves
+        from ..pipeline.options import EngineOptions
 
-def _expected_s(device: Any, store: Store, batch: int, *, streamed: bool) -> float:
-    """What the cost model says without `item_s`, at the device's own pace."""
-    from ..pipeline.cost import CostModel
-    from ..pipeline.hit_curves import assumed_curves
-    from ..pipeline.options import EngineOptions
+        model = CostModel(self.store, EngineOptions(), device, assumed_curves(self.store))
+        return model.predict(self.plan(batch, streamed=streamed), batch, _POSITION).total_ms / 1e3
 
-    model = CostModel(store, EngineOptions(), device, assumed_curves(store))
-    return model.predict(_plan(store, batch, streamed=streamed), batch, _POSITION).total_ms / 1e3
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._open.close()

@@ -12,7 +12,7 @@ from inflash.pipeline.machine_state import MachineState
 from inflash.pipeline.options import EngineOptions
 from inflash.pipeline.plan import Plan, plan_from_options
 from inflash.storage.store import Store
-from inflash.tools.probe_model import MeasuredSteps, best_of, with_memory_management
+from inflash.tools.probe_model import _LENGTH, MeasuredSteps, best_of, with_memory_management
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def steps(store: Store, device: Device, batch: int, missed: float, slower: float
         random_bytes_per_s=state.random_bytes_per_s / slower,
         stream_bytes_per_s=state.stream_bytes_per_s / slower,
     )
-    took = CostModel(store, OPTIONS, device.in_state(then), curves).predict(plan, batch, 64).total_ms / 1e3
+    took = CostModel(store, OPTIONS, device.in_state(then), curves).predict(plan, batch, _LENGTH // 2).total_ms / 1e3
     return MeasuredSteps(store, OPTIONS, plan, 200.0, missed, [(took, slower * 3 * (1e-4 + missed * 1e-6), then)])
 
 

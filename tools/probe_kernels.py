@@ -1,0 +1,99 @@
+"""What the kernels of resident weights take, at several widths: a part of `inflash probe`."""
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from ..pipeline import native_library
+from ..pipeline.device import KernelTimes, Rate
+from .kernel_cases import FEW_POSITIONS, Weights, compile_all, kernel_cases, timed_rounds
+
+Pace = Mapping[int, float]
+"""Seconds of a piece of work that never changes, by number of sequences."""
+
+_NAMES = {
+    "attention": "short attention",
+    "head": "head",
+    "predictor": "predictor",
+    "two predictors": "predictor and look-ahead",
+    "gather": "gathered_ffn",
+    "dense": "dense_ffn",
+}
+"""Of `kernel_cases`, by those of a `Device`."""
+
+
+class ProbedKernels:
+    """The kernels of models of several widths, compiled in the form that runs use."""
+
+    def __init__(self, widths: Sequence[int], batches: Sequence[int]) -> None:
+        """Compiles.
+
+        Args:
+          widths: d_model, ascending; d_ff is four times as much, the head has as many rows.
+          batches: numbers of sequences.
+        """
+        is_native, wanted = native_library.choose(), {*_NAMES.values(), "attention"}
+        self._widths, self._batches, self._cases = widths, batches, []
+        for width in widths:
+            weights = Weights(width, 4 * width, 4 * width)
+            for batch in batches:
+                cases = [replace(case, native=is_native) for case in kernel_cases(weights, batch) if case.name in wanted]
+                self._cases += [(width, case, case.prepare(case)) for case in cases]
+        compile_all([call for _, _, call in self._cases])
+
+    def measure(
+        self, seconds: float, pace: Callable[[], Pace], cached_pace: Callable[[], Pace]
+    ) -> tuple[dict[str, dict[int, KernelTimes]], Pace, Pace]:
+        """Times by a `Device`'s names and number of sequences, and the paces that they are told for.
+
+        Args:
+          seconds: length of each measurement.
+          pace: once a round beside kernels whose weights no cache holds.
+          cached_pace: beside those of the least width, which are measured among themselves: a model so small stays in the processor's
+            caches, too.
+        """
+        small, cached = self._timed(self._widths[:1], seconds, cached_pace)
+        large, beyond_caches = self._timed(self._widths[1:], seconds, pace)
+        measured = small | large
+        looking = {batch: self._looking_back(measured, batch) for batch in self._batches}
+        found: dict[str, dict[int, KernelTimes]] = {name: {} for name in _NAMES}
+        for name, kernel in _NAMES.items():
+            for batch in self._batches:
+                points = [measured[kernel, width, batch] for width in self._widths]
+                if name == "attention":
+                    points = [
+                        _without(looking[batch], FEW_POSITIONS * batch * 8 * width, *point)
+                        for width, point in zip(self._widths, points, strict=True)
+                    ]
+                found[name][batch] = KernelTimes.of(points)
+        keys_and_values = {batch: KernelTimes.along(rate) for batch, rate in looking.items()}
+        return found | {"keys and values": keys_and_values}, beyond_caches, cached
+
+    def _timed(
+        self, widths: Sequence[int], seconds: float, pace: Callable[[], Pace]
+    ) -> tuple[dict[tuple[str, int, int], tuple[int, float]], Pace]:
+        """Bytes of weights, and the seconds of a call at the median pace, by kernel, width and batch; and that pace."""
+        timed = [(width, case, call) for width, case, call in self._cases if width in widths]
+        paces: list[Pace] = []
+        rounds = timed_rounds([call for _, _, call in timed], seconds, lambda: paces.append(pace()))
+        median = {batch: float(np.median([each[batch] for each in paces])) for batch in self._batches}
+        found = {}
+        for (width, case, _), times in zip(timed, zip(*rounds, strict=True), strict=True):
+            paced = [time * median[case.batch] / each[case.batch] for time, each in zip(times, paces, strict=True)]
+            found[case.name, width, case.batch] = case.num_bytes, float(np.median(paced))
+        return found, median
+
+    def _looking_back(self, measured: Mapping[tuple[str, int, int], tuple[float, float]], batch: int) -> Rate:
+        """The rate at which attention takes in keys and values: by how much longer it takes over many positions than over few."""
+        rates = []
+        for width in self._widths[1:]:
+            (most, longer), (least, shorter) = (measured[kernel, width, batch] for kernel in ("attention", "short attention"))
+            rates.append((most - least) / max(longer - shorter, 1e-9))
+        return Rate(fixed_s=0.0, bytes_per_s=statistics.median(rates))
+
+
+def _without(rate: Rate, looked_at: float, num_bytes: float, seconds: float) -> tuple[float, float]:
+    """A kernel's point less what it looked back on."""
+    return num_bytes - looked_at, max(seconds - rate.seconds(looked_at), seconds / 2)
