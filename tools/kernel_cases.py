@@ -90,8 +90,11 @@ class Weights:
 
     def matrix(self, rows: int, columns: int) -> jax.Array:
         """A few random rows repeated, as the speed does not depend on the values: [rows, columns] bf16."""
-        some = self._rng.standard_normal((min(rows, 64), columns), np.float32) / columns**0.5
-        return jnp.asarray(np.resize(some.astype(jnp.bfloat16), (rows, columns)))
+        some = (self._rng.standard_normal((min(rows, 64), columns), np.float32) / columns**0.5).astype(jnp.bfloat16)
+        repeated = np.empty((rows, columns), some.dtype)
+        for start in range(0, rows, len(some)):
+            repeated[start : start + len(some)] = some[: rows - start]
+        return jnp.asarray(repeated)
 
     def subsets(self, count: int) -> list[jax.Array]:
         """Different neurons each time, as in a run: [count] int32 each."""
