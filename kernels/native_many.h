@@ -10,7 +10,7 @@ namespace inflash {
 
 constexpr int kPanel = 2 * kLanes;        // numbers that lie side by side, one for each sum
 constexpr int kTogether = 6;              // times as many sums stay in registers
-constexpr int64_t kDepth = 512;           // of a panel, so that it stays in the cache
+constexpr int64_t kDepth = 320;           // of a panel: it and kTogether widened rows (28 KiB) stay in the nearest cache, and no power of two sets the rows apart
 constexpr int64_t kTall = 2 * kTogether;  // rows that are widened at a time
 
 inline int64_t panels(int64_t count) { return (count + kPanel - 1) / kPanel; }
