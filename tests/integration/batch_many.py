@@ -36,7 +36,17 @@ from inflash.tools.demo import EMBEDDED, PREDICTOR
 
 EVERY_S = 0.5
 LOOKS_A_SECOND = 10
-WAITS = ("syscall ", "poll ", "epoll_", "futex", "pthread_cond_", "sem_", "__futex", "clock_nanosleep")  # innermost frames
+WAITS = (
+    "syscall ",
+    "poll ",
+    "epoll_",
+    "futex",
+    "pthread_cond_",
+    "sem_",
+    "__futex",
+    "__lll_lock_wait",
+    "clock_nanosleep",
+)  # innermost frames
 KERNELS = ("xla::cpu::", "kernels-", "Eigen::")  # anywhere in the stack
 
 
