@@ -283,7 +283,7 @@ def test_a_kv_cache_that_memory_has_made_smaller_serves_equal_runs(store: Store,
         room = memory_parts.kv_cache_bytes(store, 128)
         monkeypatch.setattr(memory_parts, "available_bytes", lambda: room - engine.kv_cache.num_bytes)
         started_over = list[int]()
-        monkeypatch.setattr(engine, "_warm_up", lambda: started_over.append(engine.kv_cache.num_positions))
+        monkeypatch.setattr(engine, "_warm_up", lambda **_: started_over.append(engine.kv_cache.num_positions))
         for num_positions in (256, 256, 100):
             engine.prepare(4, 64, num_positions)
         assert started_over == [128]

@@ -1,7 +1,5 @@
 """In which order a loader's reads begin: what somebody waits for, guesses, and what streams by."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 from hypothesis import given
@@ -39,12 +37,19 @@ class ListedQueue:
     def close(self) -> None: ...
 
 
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> DirectFile:
+    """One for all requests: a loader's files stay open as long as it lives."""
+    path = tmp_path_factory.mktemp("read") / "file"
+    path.touch()
+    return DirectFile(path)
+
+
 def request(
-    tmp_path: Path, queue: ListedQueue, number: int, reads: int, *, ahead: bool = False, in_order: bool = False
+    file: DirectFile, queue: ListedQueue, number: int, reads: int, *, ahead: bool = False, in_order: bool = False
 ) -> Request:
-    (tmp_path / "file").touch()
     prepared = queue.prepare(0, plan_bytes(0, reads * SIZE, 0), first_tag(number))
-    return Request(number, prepared, DirectFile(tmp_path / "file"), 0, lambda: None, ahead=ahead, in_order=in_order)
+    return Request(number, prepared, file, 0, lambda: None, ahead=ahead, in_order=in_order)
 
 
 def numbers(queue: ListedQueue) -> list[int]:
@@ -52,28 +57,28 @@ def numbers(queue: ListedQueue) -> list[int]:
     return [tag // first_tag(1) for tag in queue.begun]
 
 
-def test_neurons_do_not_stand_behind_what_streams_by(tmp_path: Path) -> None:
+def test_neurons_do_not_stand_behind_what_streams_by(file: DirectFile) -> None:
     queue = ListedQueue(16)
     schedule = ReadSchedule(queue)
-    schedule.add(request(tmp_path, queue, 1, 32, in_order=True))
-    schedule.add(request(tmp_path, queue, 2, 3))
+    schedule.add(request(file, queue, 1, 32, in_order=True))
+    schedule.add(request(file, queue, 2, 3))
     schedule.begin()
     assert numbers(queue) == [2, 2, 2, 1, 1]
     assert schedule.worth_waiting_for() == 3
     assert [done.number for done in schedule.take_back(*queue.reap(3, 0))] == [2]
     schedule.begin()
     assert numbers(queue) == [1, 1]  # neurons may be asked for any moment
-    schedule.add(request(tmp_path, queue, 3, 1))
+    schedule.add(request(file, queue, 3, 1))
     schedule.begin()
     assert numbers(queue) == [1, 1, 3]
 
 
-def test_guesses_stand_back_behind_what_somebody_waits_for_and_before_what_streams_by(tmp_path: Path) -> None:
+def test_guesses_stand_back_behind_what_somebody_waits_for_and_before_what_streams_by(file: DirectFile) -> None:
     queue = ListedQueue(16)
     schedule = ReadSchedule(queue)
-    schedule.add(request(tmp_path, queue, 1, 2, in_order=True))
-    schedule.add(request(tmp_path, queue, 2, 4, ahead=True))
-    schedule.add(request(tmp_path, queue, 3, 3))
+    schedule.add(request(file, queue, 1, 2, in_order=True))
+    schedule.add(request(file, queue, 2, 4, ahead=True))
+    schedule.add(request(file, queue, 3, 3))
     schedule.begin()
     assert numbers(queue) == [3, 3, 3, 1, 1]
     schedule.take_back(*queue.reap(3, 0))
@@ -81,17 +86,17 @@ def test_guesses_stand_back_behind_what_somebody_waits_for_and_before_what_strea
     assert numbers(queue) == [1, 1, 2, 2, 2, 2]
 
 
-def test_where_no_neurons_are_asked_for_a_stream_has_the_whole_queue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_no_neurons_are_asked_for_a_stream_has_the_whole_queue(file: DirectFile, monkeypatch: pytest.MonkeyPatch) -> None:
     queue = ListedQueue(16)
     schedule = ReadSchedule(queue)
-    schedule.add(request(tmp_path, queue, 1, 12, in_order=True))
-    schedule.add(request(tmp_path, queue, 2, 12, in_order=True))
+    schedule.add(request(file, queue, 1, 12, in_order=True))
+    schedule.add(request(file, queue, 2, 12, in_order=True))
     schedule.begin()
     assert numbers(queue) == [1] * 12 + [2] * 4
     assert schedule.worth_waiting_for() == 8
     monkeypatch.setattr(read_schedule, "_QUIET_NS", 0)
     schedule.take_back(*queue.reap(12, 0))
-    schedule.add(request(tmp_path, queue, 3, 1))  # long ago
+    schedule.add(request(file, queue, 3, 1))  # long ago
     schedule.begin()
     assert sorted(numbers(queue)) == [2] * 12 + [3]
 
@@ -102,12 +107,12 @@ def test_where_no_neurons_are_asked_for_a_stream_has_the_whole_queue(tmp_path: P
     together=st.integers(1, 5),
 )
 def test_every_read_begins_once_and_every_request_is_finished(
-    tmp_path_factory: pytest.TempPathFactory, kinds: list[tuple[int, str]], depth: int, together: int
+    file: DirectFile, kinds: list[tuple[int, str]], depth: int, together: int
 ) -> None:
-    queue, folder = ListedQueue(depth), tmp_path_factory.getbasetemp()
+    queue = ListedQueue(depth)
     schedule, finished, read = ReadSchedule(queue), list[int](), 0
     waiting = [
-        request(folder, queue, number, reads, ahead=kind == "ahead", in_order=kind == "in order")
+        request(file, queue, number, reads, ahead=kind == "ahead", in_order=kind == "in order")
         for number, (reads, kind) in enumerate(kinds, 1)
     ]
     while schedule or waiting:
