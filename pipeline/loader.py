@@ -28,7 +28,7 @@ from .channel import BYTES, COUNTERS, RANGE, RING_LENGTH, ROWS, SCATTER, Channel
 from .read_schedule import ReadSchedule, Request, first_tag
 from .slab import ALIGNMENT, Slab
 from .staging import Staging, is_staged
-from .trace import COMPLETE, PLAN, READ, REQUEST, attach, flow_of, recorder
+from .trace import READ, REQUEST, attach, flow_of, recorder
 
 _LOOK_UP_S = 0.0005  # how long a new request may go unnoticed while reads are under way
 
@@ -124,8 +124,7 @@ class Loader:
             layer = -1 if record["kind"] == BYTES else int(record["source"])
             span = self._trace.begin(REQUEST, layer, 0, self._flow(self._served))
             try:
-                with self._trace.span(PLAN, layer):
-                    request = self._plan(self._served, record)
+                request = self._plan(self._served, record)
             except Exception as error:
                 self.report(error)
                 continue
@@ -137,8 +136,7 @@ class Loader:
 
     def _finish(self, request: Request) -> None:
         try:
-            with self._trace.span(COMPLETE):
-                request.complete()
+            request.complete()
         except Exception as error:
             self.report(error)
             return

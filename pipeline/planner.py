@@ -24,7 +24,7 @@ from .options import EngineOptions
 from .plan import BLOCK_BYTES, CACHED, PROMPT_TOKENS, RESIDENT, STREAMED, Plan, plan_from_options
 from .predictors import choose_predictor, choose_prefetch
 
-_ATTENTION_STEPS = 8  # numbers of streamed layers that are tried, besides none
+_ATTENTION_STEPS = 32  # numbers of streamed layers that are tried, besides none
 _SLOT_STEPS = 64  # of a layer's neurons
 _SMALL_BLOCK_BYTES = 2 << 20
 _FEW_ROWS = 512  # of a block: with half as many, products for prompts take up to half as long again, see docs/performance.md

@@ -19,11 +19,11 @@ from .trace_area import NAMED_STEPS, PAGE, PAUSED_AT, RECORD, SIZE_CLASSES, WRIT
 
 KINDS = (
     "start", "compile", "prompt", "step", "layer", "attention", "predict", "named", "look up", "prefetch", "ask", "hits", "misses",
-    "block", "wait", "head", "sampling", "used", "request", "plan", "submit", "read", "complete", "recall",
+    "block", "wait", "head", "sampling", "used", "request", "submit", "read", "recall",
 )  # fmt: skip
 (
     START, COMPILE, PROMPT, STEP, LAYER, ATTENTION, PREDICT, NAMED, LOOK_UP, PREFETCH, ASK, HITS, MISSES,
-    BLOCK, WAIT, HEAD, SAMPLING, USED, REQUEST, PLAN, SUBMIT, READ, COMPLETE, RECALL,
+    BLOCK, WAIT, HEAD, SAMPLING, USED, REQUEST, SUBMIT, READ, RECALL,
 ) = range(len(KINDS))  # fmt: skip
 """Kinds of span, and what their values mean (second: the field `flow`):
 
@@ -35,6 +35,7 @@ KINDS = (
   request (accepted until done): bytes; second: the request. submit: reads begun. read (waiting for the disk): reads that came back.
 """
 
+_LARGEST_OF_CLASS = 1 << np.arange(SIZE_CLASSES)
 _COMPUTING = frozenset((HITS, MISSES, BLOCK, ATTENTION, HEAD))
 _LOADER_BITS = 40
 
@@ -160,7 +161,7 @@ class Recorder(Off):
         """Counts finished reads [r] of so many bytes by size; `in_order`: of a stretch rather than of picked neurons."""
         if self._memory[PAUSED_AT]:
             return
-        sizes = np.ceil(np.log2(np.maximum(lengths, 1))).astype(np.int64)
+        sizes = _LARGEST_OF_CLASS.searchsorted(lengths)
         self._header["reads"][int(in_order)] += np.bincount(sizes, minlength=SIZE_CLASSES)
         self._header["read_bytes"][int(in_order)] += np.bincount(sizes, lengths, SIZE_CLASSES).astype(np.int64)
 

@@ -177,7 +177,7 @@ def test_other_memory_is_refused() -> None:
 
 def test_kinds_have_names_of_their_own() -> None:
     assert len(set(trace.KINDS)) == len(trace.KINDS)
-    assert trace.KINDS[trace.COMPLETE] == "complete" and all(first < second for first, second in pairwise((STEP, LAYER, HITS)))
+    assert trace.KINDS[trace.RECALL] == "recall" and all(first < second for first, second in pairwise((STEP, LAYER, HITS)))
 
 
 def test_a_paused_recorder_writes_nothing_and_goes_on(area: TraceArea) -> None:
