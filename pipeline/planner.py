@@ -7,7 +7,7 @@ Reference: arXiv:2312.11514, 3.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -24,7 +24,7 @@ from .options import EngineOptions
 from .plan import BLOCK_BYTES, CACHED, PROMPT_TOKENS, RESIDENT, STREAMED, Plan, plan_from_options
 from .predictors import choose_predictor, choose_prefetch
 
-_ATTENTION_STEPS = 32  # numbers of streamed layers that are tried, besides none
+_ATTENTION_STEPS = 8  # numbers of streamed layers that are tried at first, besides none; then those around the best
 _SLOT_STEPS = 64  # of a layer's neurons
 _SMALL_BLOCK_BYTES = 2 << 20
 _FEW_ROWS = 512  # of a block: with half as many, products for prompts take up to half as long again, see docs/performance.md
@@ -55,6 +55,15 @@ class PlannedRun:
     predicted: StepCost
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Candidate:
+    """A plan, the frame that it was made from, and what a step of it costs."""
+
+    frame: Plan
+    plan: Plan
+    cost: StepCost
+
+
 class Planner:
     """Plans for one store. What the options say other than their defaults is kept."""
 
@@ -62,7 +71,7 @@ class Planner:
         """Raises InflashError where the store lacks the predictor that the options name."""
         self.store, self.options, self.device, self.curves = store, options, device, curves
         self.cost = CostModel(store, options, device, curves)
-        self._sized: dict[tuple[int, int], list[tuple[Plan, int]]] = {}
+        self._frames_of: dict[tuple[int, int], list[tuple[Plan, int]]] = {}
         self._given = plan_from_options(store, options) if self._is_given("ffn") and options.ffn != "sparse" else None
 
     def plan(self, memory_bytes: int, num_seqs: int, max_length: int, positions: int | None = None) -> PlannedRun:
@@ -78,15 +87,10 @@ class Planner:
         """
         self.check(memory_bytes, num_seqs, max_length)
         positions = max_length // 2 if positions is None else positions
-        best: tuple[float, Plan, StepCost] | None = None
-        for frame, frame_bytes in self._sized_frames(num_seqs, max_length):
-            if (plan := self._filled(frame, memory_bytes - frame_bytes)) is None:
-                continue
-            cost = self.cost.predict_below(plan, num_seqs, positions, best[0] if best else math.inf)
-            if cost is not None and (best is None or cost.total_ms < best[0]):
-                best = cost.total_ms, plan, cost
+        best = self._fastest(self._sized_frames(num_seqs, max_length), memory_bytes, positions, None)
         assert best is not None
-        _, plan, cost = best
+        best = self._fastest(self._sized(self._around(best.frame)), memory_bytes, positions, best) or best
+        plan, cost = best.plan, best.cost
         return PlannedRun(
             plan=plan,
             memory_bytes=memory_bytes,
@@ -97,6 +101,18 @@ class Planner:
             positions=positions,
             predicted=cost,
         )
+
+    def _fastest(
+        self, frames: Iterable[tuple[Plan, int]], memory_bytes: int, positions: int, best: "_Candidate | None"
+    ) -> "_Candidate | None":
+        """What comes of these frames with the budget's rest, where it is faster than the best so far; else that."""
+        for frame, frame_bytes in frames:
+            if (plan := self._filled(frame, memory_bytes - frame_bytes)) is None:
+                continue
+            cost = self.cost.predict_below(plan, frame.num_seqs, positions, best.cost.total_ms if best else math.inf)
+            if cost is not None and (best is None or cost.total_ms < best.cost.total_ms):
+                best = _Candidate(frame=frame, plan=plan, cost=cost)
+        return best
 
     def check(self, memory_bytes: int, num_seqs: int, max_length: int) -> None:
         """Raises InflashError, with the least that would do, where nothing fits a budget."""
@@ -182,10 +198,12 @@ class Planner:
     def _sized_frames(self, num_seqs: int, max_length: int) -> list[tuple[Plan, int]]:
         """`_frames` with the bytes that each holds."""
         key = (num_seqs, max_length)
-        if key not in self._sized:
-            frames = self._frames(num_seqs, max_length)
-            self._sized[key] = [(frame, total_bytes(self.store, self.options, frame)) for frame in frames]
-        return self._sized[key]
+        if key not in self._frames_of:
+            self._frames_of[key] = list(self._sized(self._frames(num_seqs, max_length)))
+        return self._frames_of[key]
+
+    def _sized(self, frames: Iterable[Plan]) -> Iterator[tuple[Plan, int]]:
+        return ((frame, total_bytes(self.store, self.options, frame)) for frame in frames)
 
     def _frames(self, num_seqs: int, max_length: int) -> Iterator[Plan]:
         """Plans with as little memory as their kind can do with; which ones does not depend on the budget."""
@@ -200,12 +218,26 @@ class Planner:
         if self._given is not None:
             yield replace(self._given, **room)
             return
-        counts = sorted({round(share * num_layers) for share in np.linspace(0, 1, _ATTENTION_STEPS + 1)})
-        for count in counts:
+        for count in self._attention_counts:
             attention = _spread(count, num_layers)
             for head in (False, True):
                 for ways in self._ways(num_seqs):
                     yield Plan(streamed_attention=attention, streamed_head=head, **{**room, **ways})
+
+    def _around(self, frame: Plan) -> Iterator[Plan]:
+        """The frame with other numbers of streamed layers, up to those that were tried before."""
+        if self._given is not None:
+            return
+        counts, tried = self._attention_counts, sum(frame.streamed_attention)
+        place, num_layers = counts.index(tried), self.store.config.num_layers
+        for count in range(counts[max(place - 1, 0)], counts[min(place + 1, len(counts) - 1)] + 1):
+            if count not in counts:
+                yield replace(frame, streamed_attention=_spread(count, num_layers))
+
+    @property
+    def _attention_counts(self) -> list[int]:
+        shares = np.linspace(0, 1, _ATTENTION_STEPS + 1)
+        return sorted({round(share * self.store.config.num_layers) for share in shares.tolist()})
 
     def _ways(self, num_seqs: int) -> Iterator[dict]:
         """The ways of the neurons, with the fewest slots that each can do with."""

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from inflash.errors import InflashError
+from inflash.pipeline import planner as planner_module
 from inflash.pipeline.cost import CostModel
 from inflash.pipeline.device import Device, assumed_device
 from inflash.pipeline.hit_curves import HitCurves, assumed_curves, count_misses
@@ -96,6 +97,18 @@ def test_more_slots_where_more_is_missed() -> None:
     assert found.ffn == (CACHED,) * LAYERS and found.slots[3] > 1.5 * found.slots[0]
     again = plans.divide_again(found, {layer: 900.0 if layer == 0 else 1.0 for layer in range(LAYERS)})
     assert again[0] > found.slots[0] and sum(again) <= sum(found.slots)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.3, 0.5])
+def test_numbers_of_streamed_layers_between_those_tried_first(share: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    plans = planner()
+    memory = plans.least_bytes(1, 64) + int(share * (plans.most_bytes(1, 64) - plans.least_bytes(1, 64)))
+    every = plans.plan(memory, 1, 64)
+    monkeypatch.setattr(planner_module, "_ATTENTION_STEPS", 2)  # 0, 2 and 4 of 4 layers at first
+    assert planner().plan(memory, 1, 64).predicted.total_ms == every.predicted.total_ms
+    monkeypatch.setattr(Planner, "_around", lambda *_: iter(()))
+    without = planner().plan(memory, 1, 64)
+    assert sum(without.plan.streamed_attention) in (0, 2, 4) and without.predicted.total_ms >= every.predicted.total_ms
 
 
 def test_fewer_sequences_than_asked_for() -> None:
