@@ -81,19 +81,30 @@ class _Comparison:
         if "measured" in row:
             row["error"] = row["predicted"]["total_ms"] / row["measured"]["total_ms"] - 1
         if arguments.grid and "measured" in row:
-            row["grid"] = [self._beside(row, planned, *neighbour) for neighbour in neighbours(planner, planned)]
+            row["grid"] = self._beside(row, planned)
         return row
 
-    def _beside(self, row: dict[str, Any], planned: Any, name: str, changes: dict[str, Any], plan: Any) -> dict[str, Any]:
-        """A neighbour's run, and how much longer it took than the plan's own, both as multiples of what the plan takes at that pace."""
-        other = self._run(plan, planned, replace(self._options, **changes))
-        if "measured" in other:
-            mine, its = (
-                run["measured"]["total_ms"] / statistics.fmean(self._own_ms(planned, state) for state in run["states"])
-                for run in (row, other)
-            )
-            other["longer"] = its / mine - 1
-        return {"name": name, **other}
+    def _beside(self, row: dict[str, Any], planned: Any) -> list[dict[str, Any]]:
+        """The neighbours' runs, and how much longer each took than the plan's own before and after it.
+
+        All as multiples of what the plan is predicted to take at their pace. The plan runs again after every neighbour, as a yardstick
+        does not show all that changes while a grid runs.
+        """
+        found, before = [], row
+        for name, changes, plan in neighbours(self._planner, planned):
+            other = self._run(plan, planned, replace(self._options, **changes))
+            again = self._run(planned.plan, planned, self._options)
+            own = [before, again] if "measured" in again else [before]
+            if "measured" in other:
+                other["beside_ms"] = [run["measured"]["total_ms"] for run in own]
+                other["longer"] = self._paced(other, planned) / statistics.fmean(self._paced(run, planned) for run in own) - 1
+            found.append({"name": name, **other})
+            before = own[-1]
+        return found
+
+    def _paced(self, run: dict[str, Any], planned: Any) -> float:
+        """A step of a run as a multiple of what the plan itself is predicted to take at that pace."""
+        return run["measured"]["total_ms"] / statistics.fmean(self._own_ms(planned, state) for state in run["states"])
 
     def _own_ms(self, planned: Any, state: dict[str, Any]) -> float:
         """What the plan itself is predicted to take at a pace."""
@@ -167,7 +178,8 @@ def _report(store: Store, results: list[dict[str, Any]], plot: Path | None) -> N
     for row in results:
         for other in row.get("grid", []):
             if "measured" in other:
-                took = f"{other['measured']['total_ms']:.1f} ms, {other['longer']:+.0%} at the plan's own pace"
+                beside = " and ".join(f"{ms:.1f}" for ms in other["beside_ms"])
+                took = f"{other['measured']['total_ms']:.1f} ms beside {beside} of the plan itself, {other['longer']:+.0%} at equal pace"
                 print(f"batch {row['batch']}, {row['budget']}%, {other['name']}: {took}")
     errors = [abs(row["error"]) for row in results if "error" in row]
     summary = {"median_error": statistics.median(errors), "worst_error": max(errors)} if errors else {}

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-_SHARE = 0.003
+_SHARE = 0.001
 _THREADS_EVERY_S, _PSS_EVERY_S = 1.0, 2.0
 _TICK_S = 1 / os.sysconf("SC_CLK_TCK")
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
