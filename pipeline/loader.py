@@ -96,6 +96,7 @@ class Loader:
             # The timeout only bounds how long a lost wake-up could last; none is known.
             for descriptor, _ in poll.poll(1000):
                 if descriptor == self._config.lifeline_descriptor:
+                    self._trace.flush()
                     return
                 os.eventfd_read(self._config.wake_descriptor)
             self._counted_until = time.perf_counter_ns()

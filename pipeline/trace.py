@@ -35,6 +35,7 @@ KINDS = (
   request (accepted until done): bytes; second: the request. submit: reads begun. read (waiting for the disk): reads that came back.
 """
 
+_COUNTED_TOGETHER = 32  # requests
 _LARGEST_OF_CLASS = 1 << np.arange(SIZE_CLASSES)
 _COMPUTING = frozenset((HITS, MISSES, BLOCK, ATTENTION, HEAD))
 _LOADER_BITS = 40
@@ -74,6 +75,8 @@ class Off:
 
     def count_reads(self, lengths: np.ndarray, *, in_order: bool) -> None: ...
 
+    def flush(self) -> None: ...
+
     def writer_for(self, loader: int) -> int:
         return -1
 
@@ -103,6 +106,7 @@ class Recorder(Off):
             tuple[int, int, int, bool]
         ] = []  # number, value, flow, and whether it computes, of the spans around this one
         self._arrived: list[tuple[int, int]] = []  # requests that are done and not used yet
+        self._uncounted: tuple[list[np.ndarray], list[np.ndarray]] = [], []  # lengths of reads, see `count_reads`
         self._header = area.writer_header(number)
         self._header["pid"] = os.getpid()
 
@@ -158,12 +162,26 @@ class Recorder(Off):
             self._area.named_steps[row] = self.step
 
     def count_reads(self, lengths: np.ndarray, *, in_order: bool) -> None:
-        """Counts finished reads [r] of so many bytes by size; `in_order`: of a stretch rather than of picked neurons."""
+        """Counts a request's finished reads [r] of so many bytes by size; `in_order`: of a stretch rather than of picked neurons.
+
+        Many requests are counted together, later: one by one that takes a loader as long as the request's spans.
+        """
         if self._memory[PAUSED_AT]:
             return
-        sizes = _LARGEST_OF_CLASS.searchsorted(lengths)
-        self._header["reads"][int(in_order)] += np.bincount(sizes, minlength=SIZE_CLASSES)
-        self._header["read_bytes"][int(in_order)] += np.bincount(sizes, lengths, SIZE_CLASSES).astype(np.int64)
+        uncounted = self._uncounted[in_order]
+        uncounted.append(lengths)
+        if len(uncounted) == _COUNTED_TOGETHER:
+            self.flush()
+
+    def flush(self) -> None:
+        """Counts what is to be counted; a process that is killed takes its last few requests' counts with it, but no span."""
+        for in_order, uncounted in enumerate(self._uncounted):
+            if uncounted:
+                lengths = np.concatenate(uncounted)
+                sizes = _LARGEST_OF_CLASS.searchsorted(lengths)
+                self._header["reads"][in_order] += np.bincount(sizes, minlength=SIZE_CLASSES)
+                self._header["read_bytes"][in_order] += np.bincount(sizes, lengths, SIZE_CLASSES).astype(np.int64)
+                uncounted.clear()
 
     def writer_for(self, loader: int) -> int:
         """The region of a loader; -1: there is none left."""

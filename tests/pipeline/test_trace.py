@@ -147,9 +147,14 @@ def test_reads_are_counted_by_size_and_kind(area: TraceArea) -> None:
     recorder = Recorder(area, 1)
     recorder.count_reads(np.array([4096, 4096, 4097, 1 << 20]), in_order=False)
     recorder.count_reads(np.array([1 << 20]), in_order=True)
+    recorder.flush()
+    recorder.flush()
     found = area.read(1)
     assert {size: count for size, count in enumerate(found.reads[0].tolist()) if count} == {12: 2, 13: 1, 20: 1}
     assert found.read_bytes[0].sum() == 8192 + 4097 + (1 << 20) and found.read_bytes[1, 20] == 1 << 20
+    for _ in range(40):  # the first thirty-two of them as soon as they are there
+        recorder.count_reads(np.array([1, 4096]), in_order=False)
+    assert area.read(1).reads[0, [0, 12]].tolist() == [32, 2 + 32]
 
 
 def test_without_anybody_asking_nothing_is_recorded() -> None:
@@ -158,6 +163,7 @@ def test_without_anybody_asking_nothing_is_recorded() -> None:
         span.tell(1, 2)
     OFF.end(OFF.begin(READ))
     OFF.arrived([(0, 1)])
+    OFF.flush()
     assert OFF.writer_for(0) == -1
 
 
