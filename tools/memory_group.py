@@ -54,6 +54,7 @@ def memory_group(limit: int) -> Iterator[MemoryGroup]:
     try:
         if version == 2 and "memory" not in (CGROUP / "cgroup.subtree_control").read_text().split():
             (CGROUP / "cgroup.subtree_control").write_text("+memory")
+        _remove_left(parent)
         folder.mkdir()
     except OSError as error:
         raise NoCgroup(f"no group below {parent}: {error.strerror}") from error
@@ -78,6 +79,14 @@ def memory_group_where_possible(limit: int) -> Iterator[MemoryGroup | None]:
         except NoCgroup:
             group = None
         yield group
+
+
+def _remove_left(parent: Path) -> None:
+    """Removes groups whose makers were killed and that nobody is in."""
+    for folder in parent.glob("inflash-*"):
+        if not Path("/proc", folder.name.removeprefix("inflash-")).exists():
+            with contextlib.suppress(OSError):  # processes are in it still, or somebody else was faster
+                folder.rmdir()
 
 
 def _remove(folder: Path) -> None:

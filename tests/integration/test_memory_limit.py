@@ -1,6 +1,8 @@
 """Memory that a cgroup limits. Skipped, with the reason, where cgroups cannot be made."""
 
 import json
+import os
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from integration.memory_limit import (
 )
 from tiny_models import make_store
 
-from inflash.tools.memory_group import MemoryGroup, NoCgroup, memory_group
+from inflash.tools.memory_group import MemoryGroup, NoCgroup, _remove_left, memory_group
 
 pytestmark = pytest.mark.integration
 
@@ -30,6 +32,19 @@ def group() -> Iterator[MemoryGroup]:
             yield made
     except NoCgroup as error:
         pytest.skip(str(error))
+
+
+def test_a_group_whose_maker_was_killed_goes_when_the_next_is_made(group: MemoryGroup) -> None:
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    left, alive = (group.folder.with_name(f"inflash-{pid}") for pid in (ended.pid, os.getppid()))
+    left.mkdir()
+    alive.mkdir()
+    try:
+        _remove_left(group.folder.parent)
+        assert not left.exists() and alive.exists() and group.folder.exists()
+    finally:
+        alive.rmdir()
 
 
 @pytest.mark.parametrize("mode", ["resident", "sparse"])
