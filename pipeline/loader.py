@@ -96,7 +96,6 @@ class Loader:
             # The timeout only bounds how long a lost wake-up could last; none is known.
             for descriptor, _ in poll.poll(1000):
                 if descriptor == self._config.lifeline_descriptor:
-                    self._trace.flush()
                     return
                 os.eventfd_read(self._config.wake_descriptor)
             self._counted_until = time.perf_counter_ns()
@@ -260,6 +259,7 @@ def main() -> None:
         loader.serve()
     except Exception as error:  # of the queue itself: there is no going on, but the engine should say why
         loader.report(error)
+    recorder().flush()
     os._exit(0)  # reads may still be under way that nobody waits for
 
 

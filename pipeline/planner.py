@@ -103,8 +103,8 @@ class Planner:
         )
 
     def _fastest(
-        self, frames: Iterable[tuple[Plan, int]], memory_bytes: int, positions: int, best: "_Candidate | None"
-    ) -> "_Candidate | None":
+        self, frames: Iterable[tuple[Plan, int]], memory_bytes: int, positions: int, best: _Candidate | None
+    ) -> _Candidate | None:
         """What comes of these frames with the budget's rest, where it is faster than the best so far; else that."""
         for frame, frame_bytes in frames:
             if (plan := self._filled(frame, memory_bytes - frame_bytes)) is None:
