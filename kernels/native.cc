@@ -1,6 +1,6 @@
 // Kernels that read bf16 (or f32) weights at the memory's own rate, called by XLA through jax.ffi. kernels/native.py describes the calls.
 //
-// Axes: B batch (1 to 8), K inputs of a linear layer, N its outputs, D d_model, F d_ff, S slots, R predictor rank,
+// Axes: B batch (1 to 8), K inputs of a linear layer, N its outputs, D d_model, F d_ff, S slots, n rows of a block, R predictor rank,
 // H heads, N blocks of the KV cache, P positions of a block, M blocks of a sequence's table.
 
 #include "native_many.h"
@@ -64,7 +64,8 @@ void predict(ffi::ThreadPool& pool, const float* x, int64_t batch, int64_t width
 
 template <class Element>
 struct Neurons {
-  const Element *up, *down;        // [S, D]
+  const Element *up, *down;        // the first neuron's rows [D]
+  int64_t apart;                   // elements from a neuron's row to that of the next one
   const float* bias;               // [F]
   const bool* predicted;           // [batch, F]; null: all
   const int32_t *slots, *ids;      // [count]; null: neuron i lies in slot i
@@ -84,7 +85,7 @@ void add_neurons(ffi::ThreadPool& pool, const Neurons<typename Format::Element>&
   using Element = typename Format::Element;
   const int64_t width = neurons.width, batch = neurons.batch, count = neurons.count;
   auto* hidden = scratch<float, 1>(count * B);
-  const auto row = [&](const Element* matrix, int64_t i) { return matrix + (neurons.slots ? neurons.slots[i] : i) * width; };
+  const auto row = [&](const Element* first, int64_t i) { return first + (neurons.slots ? neurons.slots[i] : i) * neurons.apart; };
   const auto up = [&](int64_t i) { return row(neurons.up, i); };
   const auto activate = [&](int64_t i, const float* sums) {
     const int64_t id = neurons.ids ? std::clamp<int64_t>(neurons.ids[i], 0, neurons.num_neurons - 1) : i;
@@ -145,7 +146,7 @@ void add_neurons_many(ffi::ThreadPool& pool, const Neurons<typename Format::Elem
                       float* out) {
   const int64_t width = neurons.width, batch = neurons.batch, count = neurons.count;
   float* hidden = scratch<float, 1>(batch * count);
-  const auto row = [&](const auto* matrix, int64_t i) { return matrix + (neurons.slots ? neurons.slots[i] : i) * width; };
+  const auto row = [&](const auto* first, int64_t i) { return first + (neurons.slots ? neurons.slots[i] : i) * neurons.apart; };
   const auto up = [&](int64_t i) { return row(neurons.up, i); };
   const auto down = [&](int64_t i) { return row(neurons.down, i); };
   const auto activate = [&](int64_t i, const float* sums) {
@@ -344,7 +345,8 @@ void add(ffi::ThreadPool& pool, const Neurons<typename Format::Element>& neurons
 
 ffi::Error ffn_call(ffi::ThreadPool pool, Floats32 accumulator, Floats32 x, ffi::AnyBuffer up, ffi::AnyBuffer down, Floats32 bias,
                     ffi::Buffer<ffi::PRED> predicted, Integers slots, Integers ids, Integers count, ffi::Result<Floats32> out) {
-  const int64_t batch = x.dimensions()[0], num_slots = up.dimensions()[0], width = up.dimensions()[1];
+  const bool bundled = up.dimensions().size() == 3;  // then each neuron's down row lies behind its up row
+  const int64_t batch = x.dimensions()[0], num_slots = up.dimensions()[0], width = x.dimensions()[1];
   const bool gathered = slots.element_count() > 0;
   const int64_t real = std::clamp<int64_t>(count.typed_data()[0], 0, gathered ? slots.element_count() : num_slots);
   for (int64_t i = 0; gathered && i < real; ++i)
@@ -353,8 +355,10 @@ ffi::Error ffn_call(ffi::ThreadPool pool, Floats32 accumulator, Floats32 x, ffi:
   return dispatch(up.element_type(), batch, [&](auto format, auto size) {
     using Format = decltype(format);
     using Element = typename Format::Element;
+    const auto* first = static_cast<const Element*>(up.untyped_data());
     const Neurons<Element> neurons{
-        static_cast<const Element*>(up.untyped_data()), static_cast<const Element*>(down.untyped_data()), bias.typed_data(),
+        first, bundled ? first + width : static_cast<const Element*>(down.untyped_data()),
+        bundled ? up.dimensions()[1] * width : width, bias.typed_data(),
         predicted.element_count() ? predicted.typed_data() : nullptr, gathered ? slots.typed_data() : nullptr,
         gathered ? ids.typed_data() : nullptr, real, static_cast<int64_t>(bias.element_count()), width, batch};
     add<Format>(pool, neurons, accumulator.typed_data(), x.typed_data(), out->typed_data(), size);

@@ -1,7 +1,7 @@
 """Kernels in C++ in the place of XLA's, where a compiled library of them is there: faster, and the same results but for rounding.
 
-Axes: B sequences, K inputs of a linear layer, N its outputs, D d_model, F d_ff, S slots, P places of a gather,
-R predictor rank, H heads, N blocks of the KV cache, size positions of each, M blocks of a sequence's table.
+Axes: B sequences, K inputs of a linear layer, or neurons of a gather, N its outputs, D d_model, F d_ff, S slots, P rows of a bundle,
+n neurons of a block, R predictor rank, H heads, N blocks of the KV cache, size positions of each, M blocks of a sequence's table.
 
 `inflash build-kernels` compiles `native.cc` for this machine; `pipeline.native_library` finds the result and registers it here. Until
 then, and where there is none, every kernel is XLA's.
@@ -61,7 +61,7 @@ def choosing(native: bool) -> Iterator[None]:
 def serves(
     num_rows: int,
     compute_dtype: jax.typing.DTypeLike,
-    *matrices: jax.Array,  # each [rows, columns]
+    *matrices: jax.Array,  # each [rows, columns], or bundles [S, P, D]
     many: bool = False,
 ) -> bool:
     """Whether the native kernels are to multiply these matrices with so many rows: asked when a kernel is traced.
@@ -117,22 +117,48 @@ def native_attend(
     return attend(_f32(query), keys, values, tables.astype(jnp.int32), lengths.astype(jnp.int32))
 
 
-def native_ffn(
+def native_gathered_ffn(
     accumulator: jax.Array,  # [B, D] f32
     x: jax.Array,  # [B, D] f32
-    up: jax.Array,  # [S, D] bf16 or f32
-    down: jax.Array,  # likewise
-    up_bias: jax.Array,  # [F] f32; F is S without a gather
-    predicted: jax.Array | None,  # [B, F] bool; None: all
-    count: int | jax.Array,  # int32: real places of the gather, or rows of the block
-    gather: tuple[jax.Array, jax.Array] | None = None,  # slots and neuron ids, [P] int32 each; None: neuron i lies in slot i
+    bundles: jax.Array,  # [S, P, D] bf16 or f32
+    up_bias: jax.Array,  # [F] f32
+    predicted: jax.Array,  # [B, F] bool
+    count: jax.Array,  # int32: real ones of the K
+    slots: jax.Array,  # [K] int32
+    neuron_ids: jax.Array,  # [K] int32
 ) -> jax.Array:
-    """`gathered_ffn`, or `block_ffn` without a gather, with operands of the slots' dtype: [B, D] f32."""
-    predicted = jnp.zeros(0, bool) if predicted is None else predicted
-    slots, neuron_ids = (jnp.zeros(0, jnp.int32),) * 2 if gather is None else gather
+    """`gathered_ffn` with operands of the bundles' dtype: [B, D] f32."""
+    return _add_neurons(accumulator, x, bundles, bundles[:0, 0], up_bias, predicted, slots, neuron_ids, count)
+
+
+def native_block_ffn(
+    accumulator: jax.Array,  # [B, D] f32
+    x: jax.Array,  # [B, D] f32
+    up: jax.Array,  # [n, D] bf16 or f32
+    down: jax.Array,  # likewise
+    up_bias: jax.Array,  # [n] f32
+    predicted: jax.Array | None,  # [B, n] bool; None: all
+    count: int | jax.Array,  # int32: real rows of the block
+) -> jax.Array:
+    """`block_ffn` with operands of the rows' dtype: [B, D] f32."""
+    predicted, nowhere = jnp.zeros(0, bool) if predicted is None else predicted, jnp.zeros(0, jnp.int32)
+    return _add_neurons(accumulator, x, up, down, up_bias, predicted, nowhere, nowhere, count)
+
+
+def _add_neurons(
+    accumulator: jax.Array,
+    x: jax.Array,
+    up: jax.Array,  # [n, D], or bundles [S, P, D] and nothing in `down`
+    down: jax.Array,
+    up_bias: jax.Array,
+    predicted: jax.Array,
+    slots: jax.Array,
+    neuron_ids: jax.Array,
+    count: int | jax.Array,
+) -> jax.Array:
     add = jax.ffi.ffi_call("inflash_ffn", jax.ShapeDtypeStruct(accumulator.shape, jnp.float32))
-    operands = (_f32(accumulator), _f32(x), up, down, _f32(up_bias), predicted)
-    return add(*operands, slots.astype(jnp.int32), neuron_ids.astype(jnp.int32), jnp.asarray(count, jnp.int32))
+    places = slots.astype(jnp.int32), neuron_ids.astype(jnp.int32), jnp.asarray(count, jnp.int32)
+    return add(_f32(accumulator), _f32(x), up, down, _f32(up_bias), predicted, *places)
 
 
 def _chosen() -> bool:

@@ -83,8 +83,7 @@ def neurons(x: Array, up: Array, down: Array, up_bias: Array, keep: Array) -> Ar
 def gathered_ffn(
     accumulator: Array,
     x: Array,
-    up_slots: Array,
-    down_slots: Array,
+    bundles: Array,
     up_bias: Array,
     predicted: Array,
     slots: Array,
@@ -93,7 +92,7 @@ def gathered_ffn(
 ) -> Array:
     """The accumulator plus the first `count` of the gathered neurons."""
     slots, neuron_ids = slots[:count], neuron_ids[:count]
-    added = neurons(x, up_slots[slots], down_slots[slots], up_bias[neuron_ids], predicted[:, neuron_ids])
+    added = neurons(x, bundles[slots, 0], bundles[slots, 1], up_bias[neuron_ids], predicted[:, neuron_ids])
     return f64(accumulator) + added
 
 

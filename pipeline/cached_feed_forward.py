@@ -19,7 +19,7 @@ from .feed_forward import Passing, Tile, shortest_s
 from .fixed_shapes import SMALLEST_GATHER, doublings, fitting
 from .loader_pool import LoaderPool, Ticket
 from .neuron_cache import LeastFrequentlyUsed, Placement, make_cache
-from .neuron_rows import NeuronRows
+from .neuron_rows import NeuronRows, NeuronSlots
 from .options import EngineOptions
 from .slab import Slab, SlabPlan
 from .step_times import StepTimes
@@ -33,8 +33,7 @@ IdsAndSlots = tuple[np.ndarray, np.ndarray]
 def _gather_places(
     total: jax.Array,
     ffn_in: jax.Array,
-    up: jax.Array,
-    down: jax.Array,
+    bundles: jax.Array,
     up_bias: jax.Array,
     predicted: jax.Array,
     places: jax.Array,
@@ -43,7 +42,7 @@ def _gather_places(
 ) -> jax.Array:
     """`gathered_ffn` with slots, neurons and their number in one array, see `_places`: each argument from NumPy costs a transfer."""
     slots, neuron_ids, count = places[0, 1:], places[1, 1:], places[0, 0]
-    return gathered_ffn(total, ffn_in, up, down, up_bias, predicted, slots, neuron_ids, count, compute_dtype=compute_dtype)
+    return gathered_ffn(total, ffn_in, bundles, up_bias, predicted, slots, neuron_ids, count, compute_dtype=compute_dtype)
 
 
 _gathered = jit(_gather_places, static_argnames=("compute_dtype",))
@@ -82,7 +81,7 @@ class CachedFeedForward:
         self.slots, self._trace = dict(slots), recorder()
         self.missed, self.last_read = dict.fromkeys(slots, 0), dict.fromkeys(slots, 0)
         self._gather_sizes = doublings(SMALLEST_GATHER, max(slots.values()))
-        self._layers = {layer: NeuronRows(slab, store.bundles, d_ff, count) for layer, count in slots.items()}
+        self._layers = {layer: NeuronSlots(slab, store.bundles, count) for layer, count in slots.items()}
         self._caches = {layer: make_cache(d_ff, count, options.policy, options.window) for layer, count in slots.items()}
         self._prefetches: dict[int, _Prefetch] = {}
         self._on_the_way = np.zeros(d_ff, bool)  # scratch, all False between calls
@@ -90,8 +89,8 @@ class CachedFeedForward:
 
     def bind(self, slab: Slab, pool: LoaderPool) -> None:
         self._pool, self._slab = pool, slab
-        for rows in self._layers.values():
-            rows.bind(slab)
+        for places in self._layers.values():
+            places.bind(slab)
 
     def resize(self, slots: dict[int, int]) -> None:
         """Other numbers of slots, between steps and with policy "lfu": layers that lose some give their memory back first."""
@@ -110,13 +109,13 @@ class CachedFeedForward:
 
     def keep_passing(self, layer: int, votes: np.ndarray) -> Passing:
         """What is to be shown the layer's blocks, so that the neurons with most votes [F] are kept, as many as there is room for."""
-        cache, rows = self._caches[layer], self._layers[layer]
+        cache, places = self._caches[layer], self._layers[layer]
         assert isinstance(cache, LeastFrequentlyUsed)
         wanted = cache.wanted(votes)
 
         def keep(first: int, count: int, passing: NeuronRows) -> None:
             some = wanted[slice(*np.searchsorted(wanted, (first, first + count)))]
-            passing.copy_to(rows, some - first, cache.fill(some, votes[some]))
+            places.copy_from(passing, some - first, cache.fill(some, votes[some]))
 
         return keep
 
@@ -210,7 +209,7 @@ class CachedFeedForward:
         return prefetch
 
     def _ask(self, layer: int, placement: Placement, *, ahead: bool = False) -> Ticket:
-        return self._pool.scatter(layer, placement.miss_ids, placement.miss_slots, self._layers[layer].offsets, ahead=ahead)
+        return self._pool.scatter(layer, placement.miss_ids, placement.miss_slots, self._layers[layer].offset, ahead=ahead)
 
     def _split(self, placement: Placement, prefetch: _Prefetch | None) -> tuple[IdsAndSlots, IdsAndSlots]:
         """The neurons that can be computed now, and those that have to arrive first."""
@@ -227,12 +226,10 @@ class CachedFeedForward:
         if not len(neuron_ids):
             return total
         size = fitting(len(neuron_ids), self._gather_sizes)
-        rows = self._layers[layer]
         return _gathered(
             total,
             tile.ffn_in,
-            rows.up,
-            rows.down,
+            self._layers[layer].bundles,
             self._bias[layer],
             tile.predicted,
             _places(slots, neuron_ids, size),

@@ -13,7 +13,8 @@ import numpy as np
 from .slab import Slab, SlabPlan
 
 SCATTER, RANGE, BYTES, ROWS = 0, 1, 2, 3
-"""Kinds of request: listed neurons to listed slots; a run of neurons to a run of slots; raw bytes of a file; one part of listed neurons."""
+"""Kinds of request: listed neurons to listed slots of bundles; a run of neurons to a run of rows of each part; raw bytes of a file; one part of
+listed neurons to listed slots of bundles."""
 
 MOST_PARTS = 3
 RING_LENGTH = 256
@@ -33,7 +34,7 @@ REQUEST = np.dtype(
             "parts",
             "<u8",
             (MOST_PARTS,),
-        ),  # offset in the slab of each part's rows; BYTES, ROWS: of the destination, in the first
+        ),  # RANGE: offset in the slab of each part's rows; SCATTER, ROWS, BYTES: of the bundles or bytes, in the first
     ]
 )
 COUNTERS = ("reads", "bytes", "gap_bytes", "busy_ns", "requests", "under_way")

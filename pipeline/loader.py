@@ -83,7 +83,7 @@ class Loader:
         self._trace = recorder()
         self._scratch = mmap.mmap(-1, max(config.merge_gap, ALIGNMENT))
         self._scratch_address = np.frombuffer(self._scratch, np.uint8).ctypes.data
-        self._staging = Staging()
+        self._staging, self._dtype = Staging(), np.dtype(f"u{config.item_bytes}")
         self._served = 0
         self._counted_until = 0  # ns, of the time that is counted as busy
 
@@ -168,52 +168,62 @@ class Loader:
         kind, source, start, count = (int(record[name]) for name in ("kind", "source", "start", "count"))
         if kind == BYTES:
             return self._plan_bytes(number, source, start, count, int(record["parts"][0]))
-        if kind in (SCATTER, ROWS):
-            positions = self._channel.positions[start : start + count].copy()
-            slots = self._channel.slots[start : start + count].copy()
-        elif kind == RANGE:
-            positions = np.arange(start, start + count)
-            slots = np.arange(int(record["slot"]), int(record["slot"]) + count)
-        else:
+        if kind == RANGE:
+            return self._plan_range(number, source, start, count, int(record["slot"]), record["parts"])
+        if kind not in (SCATTER, ROWS):
             raise ValueError(f"request of unknown kind {kind}")
-        config, part = self._config, int(record["slot"]) if kind == ROWS else None
-        reader, num_parts = self._reader(source, part), config.num_parts if part is None else 1
-        dtype = np.dtype(f"u{config.item_bytes}")
-        shape = (int(slots.max()) + 1, config.d_model)
-        parts = [self._slab.array(int(o), shape, dtype) for o in record["parts"][:num_parts]]
-        num_bytes = count * num_parts * config.d_model * config.item_bytes
-        if kind == RANGE and is_staged(config.d_model * config.item_bytes, num_bytes):
+        positions = self._channel.positions[start : start + count].copy()
+        slots = self._channel.slots[start : start + count].copy()
+        part = int(record["slot"]) if kind == ROWS else None
+        return self._plan_listed(number, source, positions, slots, int(record["parts"][0]), part, ahead=bool(record["ahead"]))
+
+    def _plan_listed(
+        self, number: int, layer: int, positions: np.ndarray, slots: np.ndarray, offset: int, part: int | None, *, ahead: bool
+    ) -> Request:
+        """Single neurons to slots of bundles, or one part of them."""
+        config, reader = self._config, self._reader(layer, part)
+        bundles = self._slab.array(offset, (int(slots.max()) + 1, config.num_parts, config.d_model), self._dtype)
+        parts = list(bundles.swapaxes(0, 1)) if part is None else [bundles[:, part]]
+        gaps = {"merge_gap": config.merge_gap, "scratch": self._scratch_address}
+        address = parts[0].ctypes.data
+        if part is None:
+            plan = reader.plan_bundles(positions, slots, address, **gaps)
+        else:
+            plan = reader.plan(positions, slots * config.num_parts, [address], **gaps)
+        reads = self._queue.prepare(reader.descriptor([address]), plan, first_tag(number))
+        num_bytes = len(positions) * len(parts) * parts[0][0].nbytes
+        return Request(number, reads, reader.file, num_bytes, lambda: reader.check(positions, slots, parts), ahead=ahead)
+
+    def _plan_range(self, number: int, layer: int, start: int, count: int, slot: int, offsets: np.ndarray) -> Request:
+        """A stretch of neurons, each part's rows to slots in order."""
+        config, reader = self._config, self._reader(layer, None)
+        positions, slots = np.arange(start, start + count), np.arange(slot, slot + count)
+        parts = [self._slab.array(int(o), (slot + count, config.d_model), self._dtype) for o in offsets[: config.num_parts]]
+        row_bytes = parts[0][0].nbytes
+        num_bytes = count * len(parts) * row_bytes
+        if is_staged(row_bytes, num_bytes):
             return self._plan_staged(number, reader, positions, slots, parts)
         addresses = [part.ctypes.data for part in parts]
-        plan = reader.plan(positions, slots, addresses, merge_gap=config.merge_gap, scratch=self._scratch_address)
-        reads = self._queue.prepare(reader.descriptor(addresses), plan, first_tag(number))
-        return Request(
-            number,
-            reads,
-            reader.file,
-            num_bytes,
-            lambda: reader.check(positions, slots, parts),
-            ahead=bool(record["ahead"]),
-            in_order=kind == RANGE,
-        )
+        reads = self._queue.prepare(reader.descriptor(addresses), reader.plan(positions, slots, addresses), first_tag(number))
+        return Request(number, reads, reader.file, num_bytes, lambda: reader.check(positions, slots, parts), in_order=True)
 
     def _plan_staged(
         self, number: int, reader: DirectReader, positions: np.ndarray, slots: np.ndarray, parts: list[np.ndarray]
     ) -> Request:
         """A stretch of neurons, read in one piece and then put into its rows."""
-        bundle_bytes = len(parts) * parts[0][0].nbytes
-        memory = self._staging.take(len(positions) * bundle_bytes)
-        plan = reader.plan_bundles(positions, memory.ctypes.data)
+        num_bytes = len(positions) * len(parts) * parts[0][0].nbytes
+        memory = self._staging.take(num_bytes)
+        plan = reader.plan_bundles(positions, np.arange(len(positions)), memory.ctypes.data)
         reads = self._queue.prepare(reader.descriptor([memory.ctypes.data]), plan, first_tag(number))
 
         def check() -> None:
-            bundles = memory[: len(positions) * bundle_bytes].view(parts[0].dtype).reshape(len(positions), len(parts), -1)
+            bundles = memory[:num_bytes].view(self._dtype).reshape(len(positions), len(parts), -1)
             for part, rows in zip(parts, bundles.swapaxes(0, 1), strict=True):
                 part[slots[0] : slots[0] + len(rows)] = rows
             self._staging.give_back(memory)
             reader.check(positions, slots, parts)
 
-        return Request(number, reads, reader.file, len(positions) * bundle_bytes, check, in_order=True)
+        return Request(number, reads, reader.file, num_bytes, check, in_order=True)
 
     def _plan_bytes(self, number: int, source: int, start: int, count: int, target: int) -> Request:
         file = self._file(source)

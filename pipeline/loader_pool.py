@@ -80,7 +80,7 @@ class LoaderPool:
           verify: compare every neuron with its checksum.
           split_rows: read listed neurons from a copy whose parts lie apart, as `storage.split_rows` makes it.
         """
-        self._bundle_bytes = store.bundles.bundle_bytes
+        self._bundle_bytes, self._num_parts = store.bundles.bundle_bytes, store.bundles.num_parts
         self._done = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._peers: list[_Peer] = []
         self._poll = select.poll()
@@ -125,16 +125,14 @@ class LoaderPool:
         totals = sum((peer.channel.counters.astype(np.int64) for peer in self._peers), np.zeros(len(COUNTERS), np.int64))
         return dict(zip(COUNTERS, totals.tolist(), strict=True))
 
-    def scatter(
-        self, layer: int, positions: np.ndarray, slots: np.ndarray, parts: Sequence[int], *, ahead: bool = False
-    ) -> Ticket:
+    def scatter(self, layer: int, positions: np.ndarray, slots: np.ndarray, bundles: int, *, ahead: bool = False) -> Ticket:
         """Asks for neurons of a layer.
 
         Args:
           layer: theirs.
           positions: [n], ascending.
           slots: [n], where each goes.
-          parts: slab offsets.
+          bundles: slab offset of the slots, [S, P, D].
           ahead: nobody will wait for them soon, so they stand back behind what was asked for before.
         """
         ticket = []
@@ -145,15 +143,15 @@ class LoaderPool:
             peer.channel.slots[start : start + last - first] = slots[first:last]
             peer.next_entry = start + last - first
             if self._split:
-                for number, part in enumerate(parts):
-                    ticket.append(self._submit(peer_number, ROWS, layer, start, last - first, number, (part,), ahead=ahead))
+                for part in range(self._num_parts):
+                    ticket.append(self._submit(peer_number, ROWS, layer, start, last - first, part, (bundles,), ahead=ahead))
             else:
-                ticket.append(self._submit(peer_number, SCATTER, layer, start, last - first, 0, parts, ahead=ahead))
+                ticket.append(self._submit(peer_number, SCATTER, layer, start, last - first, 0, (bundles,), ahead=ahead))
         self.bytes_requested += len(positions) * self._bundle_bytes
         return tuple(ticket)
 
     def read_range(self, layer: int, position: int, count: int, slot: int, parts: Sequence[int]) -> Ticket:
-        """Asks for `count` neurons in order from `position`, into slots in order from `slot`."""
+        """Asks for `count` neurons in order from `position`, into slots in order from `slot` of each part's rows."""
         self.bytes_requested += count * self._bundle_bytes
         return tuple(
             self._submit(peer_number, RANGE, layer, position + first, last - first, slot + first, parts)

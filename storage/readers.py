@@ -2,9 +2,9 @@
 
 Axes: F d_ff, P parts of a bundle, D d_model, S slots, n neurons asked for.
 
-A bundle is one byte range on flash and P rows in memory, each in its part's own array [S, D]: bundled on flash because one large read is
-cheaper than two small ones, separate in DRAM because the kernels want whole matrices of up rows and of down rows.
-Reference: arXiv:2312.11514, 3.2.
+A bundle is one byte range on flash because one large read is cheaper than two small ones. In memory it stays one, [P, D], where neurons are
+picked singly: a disk fills one piece of memory faster than two. Where they come in order its rows go apart, each to its part's own array
+[S, D], because kernels for many tokens want whole matrices of up rows and of down rows. Reference: arXiv:2312.11514, 3.2.
 """
 
 import mmap
@@ -165,11 +165,13 @@ class DirectReader:
         rows = np.asarray(slots, np.uint64)[:, None] * np.uint64(self._row_bytes) + np.asarray(addresses, np.uint64)[None]
         return plan_rows(self._array.row_offsets[positions], rows, self._row_bytes, merge_gap=merge_gap, scratch=scratch)
 
-    def plan_bundles(self, positions: np.ndarray, address: int) -> ReadPlan:
-        """Reads of whole bundles, one after the other to one place in memory."""
+    def plan_bundles(
+        self, positions: np.ndarray, slots: np.ndarray, address: int, *, merge_gap: int = 0, scratch: int = 0
+    ) -> ReadPlan:
+        """Reads of whole bundles, each to its slot of an array [S, P, D] at this address; the rest as in `plan_rows`."""
         size = self._num_parts * self._row_bytes
-        addresses = np.uint64(address) + np.arange(len(positions), dtype=np.uint64) * np.uint64(size)
-        return plan_rows(self._array.row_offsets[positions], addresses[:, None], size)
+        addresses = np.uint64(address) + np.asarray(slots, np.uint64) * np.uint64(size)
+        return plan_rows(self._array.row_offsets[positions], addresses[:, None], size, merge_gap=merge_gap, scratch=scratch)
 
     def descriptor(self, addresses: Sequence[int]) -> int:
         """To read rows of the arrays at these addresses with: direct where that works, tried once an alignment."""

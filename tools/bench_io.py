@@ -154,7 +154,7 @@ class _Loaders:
         layout = store.bundles
         regions = LoaderPool.reserve(plan, loaders, 4 * _REQUEST_NEURONS)
         # Two requests are under way, so that the loaders need not wait for the next one.
-        self._rows = [[plan.reserve(_REQUEST_NEURONS * layout.row_bytes) for _ in range(layout.num_parts)] for _ in range(2)]
+        self._slots = [plan.reserve(_REQUEST_NEURONS * layout.bundle_bytes) for _ in range(2)]
         self._slab = Slab(plan.num_bytes)
         self._pool = LoaderPool(store, self._slab, regions, depth=depth)
         self._rng = np.random.default_rng(1)
@@ -179,7 +179,7 @@ class _Loaders:
 
     def _ask(self, turn: int, count: int, slots: np.ndarray):
         positions = np.sort(self._rng.choice(self._store.config.d_ff, count, replace=False))
-        return self._pool.scatter(0, positions, slots, self._rows[turn])
+        return self._pool.scatter(0, positions, slots, self._slots[turn])
 
     def __enter__(self) -> "_Loaders":
         return self

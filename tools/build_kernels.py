@@ -109,7 +109,7 @@ def _calls(rng: np.random.Generator, batch: int, dtype: np.dtype) -> dict[str, t
         "predict_low_rank": (_named_scores, (x, predictor)),
         "gathered_ffn": (
             partial(gathered_ffn, compute_dtype=dtype),
-            (x, x, up, down, bias, predicted, slots, neuron_ids, count),
+            (x, x, jnp.stack([up, down], 1), bias, predicted, slots, neuron_ids, count),
         ),
         "block_ffn": (partial(block_ffn, compute_dtype=dtype), (x, x, up, down, bias, count, predicted)),
     }

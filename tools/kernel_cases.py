@@ -66,6 +66,7 @@ class Weights:
         self._rng = np.random.default_rng()
         self.d_model, self.d_ff = d_model, d_ff
         self.up, self.down = self.matrix(d_ff, d_model), self.matrix(d_ff, d_model)
+        self.bundles = jnp.stack([self.up, self.down], axis=1)
         self.up_bias = self.vectors(d_ff)
         self.loud_bias = jnp.full(d_ff, 100, jnp.float32)  # no ReLU silences such a neuron
         self.head = self.matrix(vocab, d_model)
@@ -163,7 +164,7 @@ def _gathered(case: Case, weights: Weights, x: jax.Array, active: int) -> Call:
     def call() -> object:
         nonlocal turn
         turn = (turn + 1) % len(subsets)
-        return ffn(x, x, weights.up, weights.down, weights.loud_bias, predicted, subsets[turn], subsets[turn], count)
+        return ffn(x, x, weights.bundles, weights.loud_bias, predicted, subsets[turn], subsets[turn], count)
 
     return call
 

@@ -27,7 +27,6 @@ class _Layer:
         from ..pipeline import native_library
         from ..pipeline.layered_feed_forward import LayeredFeedForward
         from ..pipeline.loader_pool import LoaderPool
-        from ..pipeline.neuron_rows import NeuronRows
         from ..pipeline.options import EngineOptions
         from ..pipeline.plan import STREAMED, Plan
         from ..pipeline.slab import Slab, SlabPlan
@@ -42,7 +41,7 @@ class _Layer:
             predictor=None, prefetch=None, loaders=options.loaders, queue_depth=options.queue_depth, merge_gap=0,
         )  # fmt: skip
         regions = LoaderPool.reserve(layout, options.loaders, config.d_ff)
-        self._room = NeuronRows(layout, store.bundles, _FETCHED)
+        self._room = layout.reserve(_FETCHED * store.bundles.bundle_bytes)
         self._file_bytes, self._passing_at = store.bundles.layer_bytes, self._reserve(layout)
         bias = [np.ones(config.d_ff, np.float32)] * layers
         self.neurons = LayeredFeedForward(store, layout, bias, COMPUTE_DTYPES["bfloat16"], options, plan)
@@ -63,7 +62,7 @@ class _Layer:
     def fetch(self, neuron_ids: np.ndarray) -> float:
         """Seconds until loaders have read these neurons, asked for at once."""
         began = time.perf_counter()
-        self.pool.wait(self.pool.scatter(0, neuron_ids, np.arange(len(neuron_ids)), self._room.offsets))
+        self.pool.wait(self.pool.scatter(0, neuron_ids, np.arange(len(neuron_ids)), self._room))
         return time.perf_counter() - began
 
     @staticmethod

@@ -182,8 +182,8 @@ def low_rank(batch: int) -> Lowered:
 
 
 def gathered(batch: int) -> Lowered:
-    x, pool = f32(batch, D), bf16(S, D)
-    arguments = (x, x, pool, pool, f32(F), flags(batch, F), i32(2, 1 + K))
+    x = f32(batch, D)
+    arguments = (x, x, bf16(S, 2, D), f32(F), flags(batch, F), i32(2, 1 + K))
     return cached_feed_forward._gathered.lower(*arguments, compute_dtype=COMPUTE)
 
 

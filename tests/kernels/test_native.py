@@ -143,13 +143,13 @@ def test_gathered_ffn(rng, kernels, batch, dtype):
     for places, count in ((40, 0), (40, 1), (40, 29), (61, 61)):
         slots, ids = (rng.permutation(n)[:places].astype(np.int32) for n in (num_slots, num_neurons))
         used = slots[:count]
-        up, down = (np.full((num_slots, width), np.nan, dtype) for _ in range(2))
-        up[used], down[used] = normal(rng, count, width, dtype=dtype), normal(rng, count, width, dtype=dtype)
+        bundles = np.full((num_slots, 2, width), np.nan, dtype)
+        bundles[used] = normal(rng, count, 2, width, dtype=dtype)
         accumulator, x, bias = normal(rng, batch, width), normal(rng, batch, width), normal(rng, num_neurons)
         predicted = rng.random((batch, num_neurons)) < 0.6
-        expected = added(x, up[used], down[used], bias[ids[:count]], predicted[:, ids[:count]], dtype)
+        expected = added(x, bundles[used, 0], bundles[used, 1], bias[ids[:count]], predicted[:, ids[:count]], dtype)
         slots[count:], ids[count:] = -5, 10**6
-        operands: Any = (accumulator, x, up, down, bias, predicted, slots, ids, np.int32(count))
+        operands: Any = (accumulator, x, bundles, bias, predicted, slots, ids, np.int32(count))
         found = gathered_ffn(*(jnp.asarray(operand) for operand in operands), compute_dtype=dtype)
         assert_near(found - accumulator, expected, dtype)
         if count == 0:
@@ -175,9 +175,9 @@ def test_block_ffn(rng, kernels, batch, dtype):
 
 def test_a_slot_outside_is_refused(kernels):
     ones, slots, ids = jnp.ones((1, 8)), jnp.asarray([1, 4], jnp.int32), jnp.zeros(2, jnp.int32)
-    matrix, mask, count = jnp.ones((4, 8)), jnp.ones((1, 4), bool), jnp.int32(2)
+    bundles, mask, count = jnp.ones((4, 2, 8)), jnp.ones((1, 4), bool), jnp.int32(2)
     with pytest.raises(Exception, match="lies outside"):
-        found = gathered_ffn(ones, ones, matrix, matrix, jnp.ones(4), mask, slots, ids, count, compute_dtype="float32")
+        found = gathered_ffn(ones, ones, bundles, jnp.ones(4), mask, slots, ids, count, compute_dtype="float32")
         found.block_until_ready()
 
 

@@ -37,8 +37,7 @@ def gathered_problem(rng, batch: int, sizes, num_padded: int, count: int, dtype)
     return {
         "accumulator": normal(rng, batch, d_model),
         "x": normal(rng, batch, d_model).astype(dtype).astype(np.float32),
-        "up_slots": normal(rng, num_slots, d_model, dtype=dtype),
-        "down_slots": normal(rng, num_slots, d_model, dtype=dtype),
+        "bundles": normal(rng, num_slots, 2, d_model, dtype=dtype),
         "up_bias": normal(rng, d_ff),
         "predicted": rng.random((batch, d_ff)) < 0.7,
         "slots": slots,
@@ -76,7 +75,7 @@ def test_padding_may_be_uninitialised_memory(rng, batch, count):
     problem = gathered_problem(rng, batch, SIZES[0], 16, count, BFLOAT16)
     slots = problem["slots"]
     free = next(slot for slot in range(64) if slot not in slots[:count])
-    problem["up_slots"][free] = problem["down_slots"][free] = np.nan
+    problem["bundles"][free] = np.nan
     slots[count:], problem["neuron_ids"][count:] = free, rng.integers(0, 200, 16 - count)
     expected = by_reference(problem)
     assert_close(by_kernel(problem, "bfloat16"), expected, expected - problem["accumulator"], BFLOAT16)

@@ -35,7 +35,7 @@ def test_neurons_arrive_in_their_slots(neurons: tuple[Store, list[np.ndarray]], 
     store, layers = neurons
     rng = np.random.default_rng()
     with bench(store, loaders=loaders, depth=depth) as b:
-        expected = [b.rows(part).copy() for part in range(2)]
+        expected = b.bundles().copy()
         requested = 0
         for _ in range(30):
             layer, count = int(rng.integers(2)), int(rng.integers(1, 501))
@@ -43,9 +43,8 @@ def test_neurons_arrive_in_their_slots(neurons: tuple[Store, list[np.ndarray]], 
             slots = rng.choice(NUM_SLOTS, count, replace=False)
             b.scatter(layer, positions, slots)
             requested += count * store.bundles.bundle_bytes
-            for part in range(2):
-                expected[part][slots] = layers[layer][positions, part].view(np.uint16)
-                np.testing.assert_array_equal(b.rows(part), expected[part])
+            expected[slots] = layers[layer][positions].view(np.uint16)
+            np.testing.assert_array_equal(b.bundles(), expected)
         assert b.pool.bytes_requested == requested
         counters = b.pool.counters()
         assert counters["bytes"] == requested
@@ -99,7 +98,7 @@ def test_stretches_of_files_arrive(tmp_path: Path, neurons, offset: int, length:
 
 def test_nothing_to_read_is_finished_at_once(neurons) -> None:
     with bench(neurons[0]) as b:
-        ticket = b.pool.scatter(0, np.empty(0, np.int64), np.empty(0, np.int64), b.parts)
+        ticket = b.pool.scatter(0, np.empty(0, np.int64), np.empty(0, np.int64), b.slots_at)
         b.pool.wait(ticket)
         assert b.pool.counters()["bytes"] == b.pool.bytes_requested == 0
 
@@ -114,14 +113,14 @@ def test_more_requests_than_the_ring_holds_may_be_under_way(neurons) -> None:
         asked = rng.integers(0, 500, num_requests)
         newest = {int(slots[n % NUM_SLOTS]): int(position) for n, position in enumerate(asked)}
         tickets = [
-            b.pool.scatter(0, np.asarray([position]), slots[[n % NUM_SLOTS]], b.parts)
+            b.pool.scatter(0, np.asarray([position]), slots[[n % NUM_SLOTS]], b.slots_at)
             for n, position in enumerate(asked.tolist())
         ]
         assert len({ticket[0][1] for ticket in tickets}) == num_requests
         for ticket in reversed(tickets):
             b.pool.wait(ticket)
         for slot, position in newest.items():
-            np.testing.assert_array_equal(b.rows(1)[slot], layers[0][position, 1].view(np.uint16))
+            np.testing.assert_array_equal(b.bundles()[slot], layers[0][position].view(np.uint16))
         assert b.pool.counters()["requests"] == num_requests
 
 
@@ -132,12 +131,12 @@ def test_what_is_asked_for_ahead_stands_back_and_arrives(neurons) -> None:
         for turn in range(2 * RING_LENGTH // 3):  # one ahead between two that are not; the ring wraps
             for number, (first, last) in enumerate(((0, 200), (200, 400), (400, 420))):
                 ids = np.arange(first, last)
-                tickets.append(b.pool.scatter(0, ids, ids, b.parts, ahead=number == 1))
+                tickets.append(b.pool.scatter(0, ids, ids, b.slots_at, ahead=number == 1))
             if turn % 7 == 0:
                 b.pool.wait(tickets[-1])
         for ticket in tickets:
             b.pool.wait(ticket)
-        np.testing.assert_array_equal(b.rows(1)[:420], layers[0][:420, 1].view(np.uint16))
+        np.testing.assert_array_equal(b.bundles()[:420], layers[0][:420].view(np.uint16))
         assert b.pool.counters()["bytes"] == b.pool.bytes_requested
 
 
@@ -159,7 +158,7 @@ def test_a_loader_killed_while_it_reads_is_told_at_once(neurons) -> None:
     with bench(neurons[0], loaders=1) as b:
         b.scatter(0, [0], [0])
         os.kill(b.pool.process_ids[0], signal.SIGSTOP)  # so that the request is surely under way
-        ticket = b.pool.scatter(0, np.arange(500), np.arange(500), b.parts)
+        ticket = b.pool.scatter(0, np.arange(500), np.arange(500), b.slots_at)
         assert not b.pool.finished(ticket)
         os.kill(b.pool.process_ids[0], signal.SIGKILL)
         with pytest.raises(RunError, match="ended unexpectedly"):
