@@ -112,11 +112,11 @@ def _add_rows(
     compute: jnp.dtype,
 ) -> jax.Array:
     """The accumulator plus the neurons in these rows, which are read where they lie, unless there are many tokens."""
-    (down_matrix, down_rows), num_rows = down, len(bias)
+    num_rows = len(bias)
     if x.shape[0] > FEW_ROWS:
-        copies = (_gathered(matrix, rows, compute)(0, num_rows) for matrix, rows in (up, down))
-        return _add_all(accumulator, x, *copies, bias, keep, compute)[0]
-    hidden = dot_rows(rounded(x, compute), _gathered(*up, compute), num_rows)
+        up_rows, down_rows = (_gathered(*matrix, compute)(0, num_rows) for matrix in (up, down))
+        return _add_all(accumulator, x, up_rows, down_rows, bias, keep, compute)[0]
+    hidden, (down_matrix, down_rows) = dot_rows(rounded(x, compute), _gathered(*up, compute), num_rows), down
     hidden = rounded(jnp.where(keep, jax.nn.relu(hidden + bias[None]), 0.0), compute)
     mixed: list[jax.Array] = []
     for first in range(0, hidden.shape[0], MIXED_VECTORS):

@@ -13,8 +13,8 @@ import numpy as np
 from .slab import Slab, SlabPlan
 
 SCATTER, RANGE, BYTES, ROWS = 0, 1, 2, 3
-"""Kinds of request: listed neurons to listed slots of bundles; a run of neurons to a run of rows of each part; raw bytes of a file; one part of
-listed neurons to listed slots of bundles."""
+"""Kinds of request: listed neurons to listed slots of bundles; a run of neurons to a run of rows of each part; raw bytes of a file; one
+part of listed neurons to listed slots."""
 
 MOST_PARTS = 3
 RING_LENGTH = 256

@@ -11,11 +11,13 @@ from dataclasses import asdict, dataclass
 
 from ..storage.store import Store
 from .device import GROUP_SIZE, Device
-from .feed_forward import STREAM_BUFFERS, block_rows
+from .feed_forward import block_rows
 from .hit_curves import HitCurves, LayerCurve
+from .matrix_stream import MATRIX_BUFFERS
+from .memory_parts import head_block_bytes
 from .options import EngineOptions
 from .paper_disk import PaperDisk, PaperStream
-from .plan import CACHED, STREAMED, Plan
+from .plan import CACHED, STREAMED, Plan, head_block_rows
 from .predictors import predictor_bytes
 from .read_schedule import BYTES_BEFORE_NEURONS
 from .weights import compute_dtype
@@ -119,18 +121,18 @@ class _Walk:
         self.now = self.wait = self.memory = self.compute = self.processor = self.reads = self.num_bytes = 0.0
         self._arriving: dict[int, float] = {}
         self._disk = PaperDisk(plan.loaders * BYTES_BEFORE_NEURONS / self._device.stream_bytes_per_s)
-        layer_bytes, head_bytes = 2 * bundles.row_bytes * 2 * config.d_model, config.vocab_size * config.embed_dim * 2
-        self._matrix_bytes = [layer_bytes] * sum(plan.streamed_attention)
-        if plan.streamed_head:
-            block = 3 * layer_bytes // 4
-            self._matrix_bytes += [min(block, head_bytes - start) for start in range(0, head_bytes, block)]
-        self._head_blocks = len(self._matrix_bytes) - sum(plan.streamed_attention)
-        self._matrices = self._stream(self._matrix_bytes, 2, self._device.state.stream_bytes_per_s)  # to where they are used
+        square, block = bundles.row_bytes * config.d_model, head_block_bytes(model.store)
+        head_bytes = block // head_block_rows(config) * config.vocab_size
+        self._head_bytes = [min(block, head_bytes - start) for start in range(0, head_bytes, block)] if plan.streamed_head else []
+        qkv, out = [3 * square] * sum(plan.streamed_qkv), [square] * sum(plan.streamed_out)
+        rate = self._device.state.stream_bytes_per_s  # to where they are used
+        self._qkv, self._out = (self._stream(sizes, MATRIX_BUFFERS, rate) for sizes in (qkv, out + self._head_bytes))
+        self._square_bytes = square
         streamed = len(plan.layers(STREAMED))
         self._block_bytes = [
             min(self._rows, self._d_ff - first) * self._bundle_bytes for first in range(0, self._d_ff, self._rows)
         ]
-        self._blocks = self._stream(self._block_bytes * streamed, STREAM_BUFFERS, self._device.stream_bytes_per_s)
+        self._blocks = self._stream(self._block_bytes * streamed, plan.block_buffers, self._device.stream_bytes_per_s)
 
     def _stream(self, sizes: Sequence[int], num_buffers: int, bytes_per_s: float) -> PaperStream | None:
         if not sizes:
@@ -165,19 +167,20 @@ class _Walk:
             else:
                 self._guess(layer + 1)
                 self._add_all(layer)
-        if self._plan.streamed_head and self._matrices is not None:
-            sizes = self._matrix_bytes[-self._head_blocks :]
-            for size in sizes:
-                self._take(self._matrices, size, self._item_s + self._head_s * size / sum(sizes))
-        else:
+        if self._out is None or not self._head_bytes:
             self._compute(self._head_s)
+            return
+        for size in self._head_bytes:
+            self._take([(self._out, size)], self._item_s + self._head_s * size / sum(self._head_bytes))
 
-    def _take(self, stream: PaperStream, size: int, seconds: float) -> None:
-        """An item of a stream, computed with for so long."""
-        self._wait_until(stream.take(self.now))
+    def _take(self, items: Sequence[tuple[PaperStream, int]], seconds: float) -> None:
+        """Items of streams and their bytes, computed with for so long."""
+        for stream, _ in items:
+            self._wait_until(stream.take(self.now))
         self._compute(seconds)
-        stream.ask(self.now)
-        self._count(size / (1 << 20), size, size * self._device.stream_cpu_s)
+        for stream, size in items:
+            stream.ask(self.now)
+            self._count(size / (1 << 20), size, size * self._device.stream_cpu_s)
 
     def _count(self, reads: float, num_bytes: float, processor_s: float) -> None:
         self.reads += reads
@@ -185,10 +188,12 @@ class _Walk:
         self.processor += processor_s
 
     def _attend(self, layer: int) -> None:
-        if self._plan.streamed_attention[layer] and self._matrices is not None:
-            self._take(self._matrices, self._matrix_bytes[0], self._item_s + self._attention_s)
-        else:
-            self._compute(self._attention_s)
+        items = []
+        if self._plan.streamed_qkv[layer] and self._qkv is not None:
+            items.append((self._qkv, 3 * self._square_bytes))
+        if self._plan.streamed_out[layer] and self._out is not None:
+            items.append((self._out, self._square_bytes))
+        self._take(items, self._attention_s + (self._item_s if items else 0.0))
 
     def _predict(self, layer: int) -> None:
         """Both predictors are one call where both are needed."""
@@ -250,6 +255,6 @@ class _Walk:
         dense = self._kernel("dense", layer_bytes)
         if self._plan.ffn[layer] == STREAMED and self._blocks is not None:
             for size in self._block_bytes:  # the same arithmetic, so never less; what hides behind reading is hard to measure
-                self._take(self._blocks, size, max(self._kernel("block", size), dense * size / layer_bytes))
+                self._take([(self._blocks, size)], max(self._kernel("block", size), dense * size / layer_bytes))
         else:
             self._compute(dense)

@@ -244,6 +244,7 @@ class Engine:
                     tile = self._attend_step(layer, x, places, active, bound)  # A
                     with self._trace.span(PREDICT, layer):
                         tile = self._predicting(layer, tile, before, guess=True)
+                    self.matrices.give_back_attention(layer, tile.residual)
                     if self._recall is not None:
                         self._recall.look(layer, tile)
                     x = self.neurons.add_step(layer, tile)  # B to F
@@ -254,7 +255,6 @@ class Engine:
         with self._trace.span(ATTENTION, layer):
             weights = self.matrices.take_attention(layer)
             residual, ffn_in = self.kv_cache.attend_step(layer, x, weights, places, bound)
-            self.matrices.give_back_attention(layer, residual)
             return Tile(residual=residual, ffn_in=ffn_in, active=active)
 
     def _head(self, x: jax.Array) -> jax.Array:

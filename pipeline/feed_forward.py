@@ -23,8 +23,6 @@ from .slab import Slab, SlabPlan
 from .trace import BLOCK, recorder
 from .weights import aligned_empty, on_device
 
-STREAM_BUFFERS = 4
-
 _block = jit(block_ffn, static_argnames=("compute_dtype",))
 _observed_block = jit(observed_block_ffn, static_argnames=("compute_dtype",))
 _columns = jit(lambda predicted, start, length: jax.lax.dynamic_slice_in_dim(predicted, start, length, 1), static_argnums=2)
@@ -87,7 +85,7 @@ class StreamedFeedForward:
         self._length = block_rows(store, plan.block_bytes)
         self._blocks = -(-self._d_ff // self._length)
         with slab.in_one_piece():
-            self._buffers = [NeuronRows(slab, store.bundles, self._length) for _ in range(STREAM_BUFFERS)]
+            self._buffers = [NeuronRows(slab, store.bundles, self._length) for _ in range(plan.block_buffers)]
         steps = plan.layers(STREAMED)
         prompts = [layer for layer, way in enumerate(plan.ffn) if way != RESIDENT]
         self._of_prompts = [layer * self._blocks + block for layer in prompts for block in range(self._blocks)]
@@ -113,7 +111,7 @@ class StreamedFeedForward:
             return [pool.read_range(layer, block * length, counts[block], 0, offsets[buffer])]
 
         cyclic = self._of_steps is self._of_prompts
-        self._stream = BlockStream(pool, load, items=self._of_prompts, num_buffers=STREAM_BUFFERS, cyclic=cyclic)
+        self._stream = BlockStream(pool, load, items=self._of_prompts, num_buffers=len(offsets), cyclic=cyclic)
 
     def _order_of(self, layers: frozenset[int]) -> list[int]:
         if layers not in self._orders:

@@ -6,13 +6,15 @@ Axes: B sequences, C positions of the KV cache, D d_model, F d_ff, S slots.
 import numpy as np
 
 from ..errors import InflashError
+from ..storage.layout import dtype_of
 from ..storage.store import Store
 from .chunks import sizes_for
-from .feed_forward import STREAM_BUFFERS, block_rows
+from .feed_forward import block_rows
 from .fixed_shapes import CHUNK_SIZES, capacity_for
 from .host_memory import available_bytes, check_fits, program_bytes
+from .matrix_stream import MATRIX_BUFFERS
 from .options import EngineOptions
-from .plan import CACHED, RESIDENT, Plan, guessed_layers, plan_from_options
+from .plan import CACHED, RESIDENT, Plan, guessed_layers, head_block_rows, plan_from_options
 from .predictors import predictor_bytes
 from .staging import is_staged
 from .weights import compute_dtype, loaded_bytes
@@ -79,13 +81,21 @@ def activation_bytes(store: Store, plan: Plan) -> int:
 
 
 def buffer_bytes(store: Store, plan: Plan) -> int:
-    """What weights stream through: blocks of neurons where some are not resident, and two layers' attention where some is not."""
+    """What weights stream through: blocks of neurons where some are not resident, and two of each matrix of which some are not."""
     config, bundles = store.config, store.bundles
     streams = any(way != RESIDENT for way in plan.ffn)
-    blocks = STREAM_BUFFERS * block_rows(store, plan.block_bytes) * bundles.bundle_bytes if streams else 0
-    if is_staged(bundles.row_bytes, blocks // STREAM_BUFFERS):  # in every loader, at worst
+    block = block_rows(store, plan.block_bytes) * bundles.bundle_bytes
+    blocks = plan.block_buffers * block if streams else 0
+    if is_staged(bundles.row_bytes, block):  # in every loader, at worst
         blocks *= 1 + plan.loaders
-    return blocks + (2 * 4 * config.d_model * bundles.row_bytes if plan.streams_matrices else 0)
+    square = config.d_model * bundles.row_bytes
+    out = max(square if any(plan.streamed_out) else 0, head_block_bytes(store) if plan.streamed_head else 0)
+    return blocks + MATRIX_BUFFERS * (out + (3 * square if any(plan.streamed_qkv) else 0))
+
+
+def head_block_bytes(store: Store) -> int:
+    """Of a block of the head that is streamed."""
+    return head_block_rows(store.config) * store.config.embed_dim * dtype_of(store.dtype).itemsize
 
 
 def slots_within(store: Store, options: EngineOptions, limit: int, num_seqs: int, max_length: int) -> int:

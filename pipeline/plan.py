@@ -7,6 +7,7 @@ a memory budget `planner` looks for the fastest one that fits.
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ..storage.model_config import ModelConfig
 from ..storage.store import Store
 from .options import EngineOptions
 from .predictors import choose_predictor, choose_prefetch
@@ -19,7 +20,12 @@ PROMPT_TOKENS = (
     1024  # of prompts that pass at a time: computing takes ten times what reading all layers does, see docs/architecture.md
 )
 
-_MATRICES = frozenset({"qkv", "attention_out"})
+QKV, ATTENTION_OUT = "qkv", "attention_out"
+"""Attention's matrices: the projections of queries, keys and values in one, and that of the output."""
+
+BLOCK_BUFFERS = 4  # of the blocks' size
+FEW_BLOCK_BUFFERS = 2  # of prompts alone, which compute with a block for longer than it is read
+
 _HEAD = frozenset({"tokens", "head"})
 
 
@@ -30,12 +36,12 @@ class Plan:
     Attributes:
       ffn: for each layer one of CACHED, STREAMED and RESIDENT.
       slots: neurons of each layer that memory has room for; 0 where they are streamed.
-      streamed_attention: for each layer whether its attention is streamed for every token.
+      streamed_qkv, streamed_out: for each layer whether this matrix of its attention is streamed for every token.
       streamed_head: whether the output head is, and with it the token embeddings.
       predictor: who names neurons; None where no layer is CACHED.
       prefetch: the look-ahead predictor; None: nothing is read before its layer.
       loaders, queue_depth, merge_gap: see `EngineOptions`.
-      block_bytes: of a block of neurons that is streamed.
+      block_bytes, block_buffers: of a block of neurons that is streamed, and how many there are at a time.
       prompt_tokens: tokens of prompts that pass through the layers at a time, at most.
       num_seqs, max_length: sequences decoded together, and the longest; 0 where `Engine.prepare` decides.
       kv_positions: of the KV cache, which sequences of any length share; 0 where `Engine.prepare` decides.
@@ -43,7 +49,8 @@ class Plan:
 
     ffn: tuple[str, ...]
     slots: tuple[int, ...]
-    streamed_attention: tuple[bool, ...]
+    streamed_qkv: tuple[bool, ...]
+    streamed_out: tuple[bool, ...]
     streamed_head: bool
     predictor: str | None
     prefetch: str | None
@@ -51,6 +58,7 @@ class Plan:
     queue_depth: int
     merge_gap: int
     block_bytes: int = BLOCK_BYTES
+    block_buffers: int = BLOCK_BUFFERS
     prompt_tokens: int = PROMPT_TOKENS
     num_seqs: int = 0
     max_length: int = 0
@@ -60,7 +68,17 @@ class Plan:
         """Tensors of a layer (None: the embeddings) that are streamed rather than loaded."""
         if layer is None:
             return _HEAD if self.streamed_head else frozenset()
-        return _MATRICES if self.streamed_attention[layer] else frozenset()
+        return frozenset(name for name, ways in self.streamed_matrices.items() if ways[layer])
+
+    @property
+    def streamed_matrices(self) -> dict[str, tuple[bool, ...]]:
+        """For each of attention's matrices, the layers that stream it."""
+        return {QKV: self.streamed_qkv, ATTENTION_OUT: self.streamed_out}
+
+    @property
+    def resident_attention(self) -> float:
+        """The share of attention's bytes that memory holds."""
+        return 1 - (3 * sum(self.streamed_qkv) + sum(self.streamed_out)) / (4 * len(self.ffn))
 
     def layers(self, way: str) -> list[int]:
         """The layers whose neurons go one way."""
@@ -68,7 +86,7 @@ class Plan:
 
     @property
     def streams_matrices(self) -> bool:
-        return self.streamed_head or any(self.streamed_attention)
+        return self.streamed_head or any(self.streamed_qkv) or any(self.streamed_out)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -77,6 +95,11 @@ class Plan:
     def from_json(cls, document: dict[str, Any]) -> "Plan":
         fields: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in document.items()}
         return cls(**fields)
+
+
+def head_block_rows(config: ModelConfig) -> int:
+    """Rows of the head that are streamed at a time: as many as an output projection has room for."""
+    return max(1, min(config.vocab_size, config.d_model**2 // config.embed_dim))
 
 
 def guessed_layers(plan: Plan) -> list[int]:
@@ -97,7 +120,8 @@ def plan_from_options(store: Store, options: EngineOptions) -> Plan:
     return Plan(
         ffn=(way,) * num_layers,
         slots=(slots,) * num_layers,
-        streamed_attention=(options.ffn == "naive",) * num_layers,
+        streamed_qkv=(options.ffn == "naive",) * num_layers,
+        streamed_out=(options.ffn == "naive",) * num_layers,
         streamed_head=options.ffn == "naive",
         predictor=predictor,
         prefetch=choose_prefetch(store, options.prefetch, predictor),

@@ -21,10 +21,20 @@ from .fixed_shapes import capacity_for
 from .hit_curves import HitCurves
 from .memory_parts import total_bytes
 from .options import EngineOptions
-from .plan import BLOCK_BYTES, CACHED, PROMPT_TOKENS, RESIDENT, STREAMED, Plan, plan_from_options
+from .plan import (
+    BLOCK_BUFFERS,
+    BLOCK_BYTES,
+    CACHED,
+    FEW_BLOCK_BUFFERS,
+    PROMPT_TOKENS,
+    RESIDENT,
+    STREAMED,
+    Plan,
+    plan_from_options,
+)
 from .predictors import choose_predictor, choose_prefetch
 
-_ATTENTION_STEPS = 8  # numbers of streamed layers that are tried at first, besides none; then those around the best
+_ATTENTION_STEPS = 8  # numbers of streamed matrices that are tried at first, besides none; then those around the best
 _SLOT_STEPS = 64  # of a layer's neurons
 _SMALL_BLOCK_BYTES = 2 << 20
 _FEW_ROWS = 512  # of a block: with half as many, products for prompts take up to half as long again, see docs/performance.md
@@ -155,16 +165,14 @@ class Planner:
     def alternatives(self, planned: PlannedRun) -> Iterator[tuple[str, Plan]]:
         """Other splits of the same budget: more or less attention in memory, guesses or none, the same slots for all layers."""
         plan, num_layers = planned.plan, self.store.config.num_layers
-        streamed = sum(plan.streamed_attention)
-        for change in (-3, 3):
-            count = min(max(streamed + change, 0), num_layers)
-            frame = replace(
-                plan, streamed_attention=_spread(count, num_layers), slots=self._fewest_slots(plan.ffn, planned.num_seqs)
-            )
+        streamed = _streamed_matrices(plan)
+        for change in (-6, 6):
+            count = min(max(streamed + change, 0), 2 * num_layers)
+            frame = replace(plan, **_attention(count, num_layers), slots=self._fewest_slots(plan.ffn, planned.num_seqs))
             room = planned.memory_bytes - total_bytes(self.store, self.options, frame)
             other = self._filled(frame, room) if CACHED in plan.ffn and count != streamed else None
             if other is not None:
-                yield f"attention of {count} layers streamed", other
+                yield f"{count} of attention's matrices streamed", other
         if plan.prefetch is not None:
             frame = replace(plan, prefetch=None, slots=self._fewest_slots(plan.ffn, planned.num_seqs))
             if (other := self._filled(frame, planned.memory_bytes - total_bytes(self.store, self.options, frame))) is not None:
@@ -219,41 +227,42 @@ class Planner:
             yield replace(self._given, **room)
             return
         for count in self._attention_counts:
-            attention = _spread(count, num_layers)
+            attention = _attention(count, num_layers)
             for head in (False, True):
                 for ways in self._ways(num_seqs):
-                    yield Plan(streamed_attention=attention, streamed_head=head, **{**room, **ways})
+                    yield Plan(**attention, streamed_head=head, **{**room, **ways})
 
     def _around(self, frame: Plan) -> Iterator[Plan]:
-        """The frame with other numbers of streamed layers, up to those that were tried before."""
+        """The frame with other numbers of streamed matrices, up to those that were tried before."""
         if self._given is not None:
             return
-        counts, tried = self._attention_counts, sum(frame.streamed_attention)
+        counts, tried = self._attention_counts, _streamed_matrices(frame)
         place, num_layers = counts.index(tried), self.store.config.num_layers
         for count in range(counts[max(place - 1, 0)], counts[min(place + 1, len(counts) - 1)] + 1):
             if count not in counts:
-                yield replace(frame, streamed_attention=_spread(count, num_layers))
+                yield replace(frame, **_attention(count, num_layers))
 
     @property
     def _attention_counts(self) -> list[int]:
         shares = np.linspace(0, 1, _ATTENTION_STEPS + 1)
-        return sorted({round(share * self.store.config.num_layers) for share in shares.tolist()})
+        return sorted({round(share * 2 * self.store.config.num_layers) for share in shares.tolist()})
 
     def _ways(self, num_seqs: int) -> Iterator[dict]:
         """The ways of the neurons, with the fewest slots that each can do with."""
         num_layers, d_ff = self.store.config.num_layers, self.store.config.d_ff
         dense = self.options.path != "sparse" and not self._is_given("predictor", "cache_neurons", "policy")
-        for block_bytes in (self._small_block_bytes, BLOCK_BYTES):
+        few = {"block_bytes": self._small_block_bytes, "block_buffers": FEW_BLOCK_BUFFERS if num_seqs == 1 else BLOCK_BUFFERS}
+        for blocks in (few, {"block_bytes": BLOCK_BYTES}):
             if dense:
                 streamed = {"ffn": (STREAMED,) * num_layers, "slots": (0,) * num_layers, "predictor": None, "prefetch": None}
-                yield {**streamed, "block_bytes": block_bytes}
+                yield {**streamed, **blocks}
         if dense:
             yield {
                 "ffn": (RESIDENT,) * num_layers,
                 "slots": (d_ff,) * num_layers,
                 "predictor": None,
                 "prefetch": None,
-                "block_bytes": self._small_block_bytes,
+                **few,
             }
         if dense and self.options.path == "dense":
             return
@@ -273,7 +282,7 @@ class Planner:
                     "slots": self._fewest_slots(ffn, num_seqs),
                     "predictor": predictor,
                     "prefetch": prefetch,
-                    "block_bytes": self._small_block_bytes,
+                    **few,
                 }
 
     @property
@@ -360,6 +369,16 @@ class Planner:
             if total_bytes(self.store, self.options, plan) - before <= room:  # a whole layer's product needs room itself
                 return plan
         return frame
+
+
+def _attention(count: int, num_layers: int) -> dict[str, tuple[bool, ...]]:
+    """So many of the attention's matrices streamed: output projections, as their buffers are small, and then the others, too."""
+    out = min(count, num_layers)
+    return {"streamed_qkv": _spread(count - out, num_layers), "streamed_out": _spread(out, num_layers)}
+
+
+def _streamed_matrices(plan: Plan) -> int:
+    return sum(plan.streamed_qkv) + sum(plan.streamed_out)
 
 
 def _spread(count: int, total: int) -> tuple[bool, ...]:

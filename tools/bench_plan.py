@@ -195,12 +195,14 @@ def _report(store: Store, results: list[dict[str, Any]], plot: Path | None) -> N
 
 def _cells(store: Store, row: dict[str, Any]) -> list[Any]:
     """A measured row under `_HEADER`."""
+    from ..pipeline.plan import Plan
+
     plan, peak = row["plan"], row["peak_bytes"]
     return [
         row["batch"],
         f"{row['budget']}%",
         f"{row['memory_bytes'] / 2**20:.0f}",
-        f"{sum(not streamed for streamed in plan['streamed_attention'])}/{len(plan['ffn'])}",
+        f"{Plan.from_json(plan).resident_attention:.0%}",
         f"{100 * sum(plan['slots']) / len(plan['ffn']) / store.config.d_ff:.0f}%",
         *(f"{row['predicted'][part]:.1f} / {row['measured'][part]:.1f}" for part in PARTS),
         f"{100 * row['error']:+.0f}%",

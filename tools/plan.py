@@ -81,7 +81,7 @@ def budget_curve(planner: Any, planned: Any) -> list[dict[str, Any]]:
 def _shares(plan: Any, store: Store) -> dict[str, Any]:
     config = store.config
     return {
-        "resident_attention": 1 - sum(plan.streamed_attention) / config.num_layers,
+        "resident_attention": plan.resident_attention,
         "neurons_in_memory": sum(plan.slots) / (config.num_layers * config.d_ff),
     }
 
@@ -138,8 +138,7 @@ def describe(store: Store, options: Any, planned: Any) -> str:
 
 def _what(name: str, plan: Any, config: Any) -> str:
     if name == "attention and embeddings":
-        resident = config.num_layers - sum(plan.streamed_attention)
-        return f"attention of {resident} of {config.num_layers} layers, head {'streamed' if plan.streamed_head else 'in memory'}"
+        return f"{plan.resident_attention:.0%} of attention, head {'streamed' if plan.streamed_head else 'in memory'}"
     if name == "neurons":
         ways = Counter(plan.ffn)
         slots = [count for count in plan.slots if count]

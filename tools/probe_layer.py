@@ -37,8 +37,8 @@ class _Layer:
         options, layout, config = EngineOptions(), SlabPlan(), store.config
         layers = config.num_layers
         plan = Plan(
-            ffn=(STREAMED,) * layers, slots=(0,) * layers, streamed_attention=(False,) * layers, streamed_head=False,
-            predictor=None, prefetch=None, loaders=options.loaders, queue_depth=options.queue_depth, merge_gap=0,
+            ffn=(STREAMED,) * layers, slots=(0,) * layers, streamed_qkv=(False,) * layers, streamed_out=(False,) * layers,
+            streamed_head=False, predictor=None, prefetch=None, loaders=options.loaders, queue_depth=options.queue_depth, merge_gap=0,
         )  # fmt: skip
         regions = LoaderPool.reserve(layout, options.loaders, config.d_ff)
         self._room = layout.reserve(_FETCHED * store.bundles.bundle_bytes)
@@ -113,13 +113,12 @@ class _Layer:
 def streaming(store: Store, yardstick: Any, state: Any, batches: Sequence[int]) -> dict[str, Any]:
     """Layers streamed in blocks: the disk's rate, and what computing with a block takes meanwhile."""
     from ..pipeline.device import KernelTimes, Rate
-    from ..pipeline.feed_forward import STREAM_BUFFERS
-    from ..pipeline.plan import BLOCK_BYTES
+    from ..pipeline.plan import BLOCK_BUFFERS, BLOCK_BYTES
 
     rates, kernels = [], {}
     layers = min(_MOST_STREAMED, max(1, _STREAMED_BYTES // store.bundles.layer_bytes))
     num_bytes, blocks = layers * store.bundles.layer_bytes, layers * -(-store.bundles.layer_bytes // BLOCK_BYTES)
-    there = (STREAM_BUFFERS - 1) * min(store.bundles.layer_bytes, BLOCK_BYTES)  # before the time begins
+    there = (BLOCK_BUFFERS - 1) * min(store.bundles.layer_bytes, BLOCK_BYTES)  # before the time begins
     with _Layer(store) as layer:
         taken = statistics.median(layer.taken_from_kernels(yardstick.product(min(batches))) for _ in range(_PASSINGS))
         # A run goes through all of them again and again, and a host may keep some: not as after the random reads before this.

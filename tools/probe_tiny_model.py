@@ -62,7 +62,7 @@ class TinyModel:
         from ..pipeline.plan import plan_from_options
 
         plan = plan_from_options(self.store, EngineOptions(ffn="resident", max_num_seqs=batch, max_model_len=_LENGTH))
-        return replace(plan, streamed_attention=(streamed,) * _LAYERS)
+        return replace(plan, streamed_qkv=(streamed,) * _LAYERS, streamed_out=(streamed,) * _LAYERS)
 
     def step_s(self, device: Any, yardstick: Any, *, streamed: bool) -> dict[int, float]:
         """Seconds of a step at the pace of the device's own figures, by number of sequences."""

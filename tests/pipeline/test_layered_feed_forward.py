@@ -12,10 +12,9 @@ from synthetic_stores import synthetic_store
 from tiny_models import BUFFERED
 
 from inflash.pipeline.engine import Engine
-from inflash.pipeline.feed_forward import STREAM_BUFFERS
 from inflash.pipeline.options import EngineOptions
 from inflash.pipeline.path_choice import PathChoice
-from inflash.pipeline.plan import CACHED, STREAMED, plan_from_options
+from inflash.pipeline.plan import BLOCK_BUFFERS, CACHED, STREAMED, plan_from_options
 from inflash.storage.store import Store
 
 pytestmark = pytest.mark.filterwarnings(BUFFERED)
@@ -105,7 +104,7 @@ def test_what_a_choice_streamed_is_forgotten_with_it(store: Store, monkeypatch: 
         for position in range(10, 26):
             engine.decode(TEXTS[0][position : position + 1], np.array([position], np.int32), np.ones(1, bool))
         streamed = engine.pool.bytes_requested - asked - (engine.times.misses - missed) * store.bundles.bundle_bytes
-        assert streamed <= (16 + STREAM_BUFFERS) * store.bundles.layer_bytes
+        assert streamed <= (16 + BLOCK_BUFFERS) * store.bundles.layer_bytes
 
 
 def test_one_sequence_and_other_policies_have_no_choice(store: Store) -> None:

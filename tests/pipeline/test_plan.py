@@ -21,7 +21,10 @@ TOLERANCE = 2e-4  # float32 against float64
 OPTIONS = EngineOptions(predictor="exact", loaders=1, queue_depth=4, max_num_seqs=2, max_model_len=64)
 MIXED: dict[str, Any] = {"ffn": (CACHED, STREAMED, RESIDENT, CACHED), "slots": (40, 0, 256, 130)}
 PLANS: dict[str, dict[str, Any]] = {
-    "attention of some layers streamed": {"streamed_attention": (True, False, True, False)},
+    "attention of some layers streamed": {"streamed_qkv": (True, False, True, False), "streamed_out": (True, False, True, False)},
+    "one matrix of some layers, both of others": {"streamed_qkv": (False, False, True, True), "streamed_out": (True, False, True, False)},
+    "output projections and the head streamed": {"streamed_out": (True,) * 4, "streamed_head": True, "block_buffers": 2},
+    "only the head streamed": {"streamed_head": True},
     "a way for each layer, the head streamed": {**MIXED, "streamed_head": True, "block_bytes": 30 << 10},
     "some layers streamed": {"ffn": (STREAMED, CACHED, STREAMED, CACHED), "slots": (0, 64, 0, 200), "block_bytes": 50 << 10},
     "no prediction": {

@@ -51,7 +51,7 @@ def test_texts_are_the_dense_model_s_at_every_budget(store: Store, dense: list[l
         with LLM(store.path, memory=smallest + more, predictor="exact") as llm:
             assert texts(llm) == dense
             assert llm.planned is not None and llm.planned.used_bytes <= smallest + more
-            seen.add((llm.planned.plan.slots, llm.planned.plan.streamed_attention))
+            seen.add((llm.planned.plan.slots, llm.planned.plan.streamed_out))
             assert llm.run_summary()["predicted"]["total_ms"] > 0
             cached = llm.engine.neurons.cached
             assert cached is not None
