@@ -5,6 +5,7 @@ there in a fraction of a second and costs tens of megabytes. It lives as long as
 and when that end closes, however the engine ended, the loader leaves.
 """
 
+import contextlib
 import json
 import mmap
 import os
@@ -97,7 +98,7 @@ class Loader:
             for descriptor, _ in poll.poll(1000):
                 if descriptor == self._config.lifeline_descriptor:
                     return
-                os.eventfd_read(self._config.wake_descriptor)
+                self._take_call()
             self._counted_until = time.perf_counter_ns()
             self._accept_new()
             if self._schedule:
@@ -108,13 +109,22 @@ class Loader:
         while self._schedule:
             self._schedule.begin()
             self._note_under_way()
+            # Neurons that are asked for meanwhile are what the engine waits for.
+            until = self._config.wake_descriptor if self._schedule.between_neurons else None
             with self._trace.span(READ):
-                tags, results = self._queue.reap(self._schedule.worth_waiting_for(), _LOOK_UP_S)
+                tags, results = self._queue.reap(self._schedule.worth_waiting_for(), _LOOK_UP_S, until)
                 self._trace.tell(len(tags))
             self._note_under_way()
+            if until is not None:
+                self._take_call()
             for request in self._schedule.take_back(tags, results):
                 self._finish(request)
             self._accept_new()
+
+    def _take_call(self) -> None:
+        """The engine has called, or has not: what it asks for is looked at next."""
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self._config.wake_descriptor)
 
     def _accept_new(self) -> None:
         newest = int(self._channel.submitted[0])

@@ -121,12 +121,21 @@ class ReadSchedule:
         if not request.in_order:
             self._neurons_at_ns = time.perf_counter_ns()
 
+    @property
+    def between_neurons(self) -> bool:
+        """Whether only stretches are being read, and neurons may be asked for any moment."""
+        return all(request.in_order for request in self._requests.values()) and not self._quiet
+
+    @property
+    def _quiet(self) -> bool:
+        return time.perf_counter_ns() >= self._neurons_at_ns + _QUIET_NS
+
     def begin(self) -> None:
         """Gives the disk as much as it should have now."""
         self._begin_all(self._needed)
         if not any(request.needed for request in self._requests.values()):
             self._begin_all(self._guessed)
-        most = _FEW if time.perf_counter_ns() < self._neurons_at_ns + _QUIET_NS else self._queue.depth
+        most = self._queue.depth if self._quiet else _FEW
         while self._in_order and self._in_order_under_way < most:
             request = self._in_order[0]
             taken = self._begin(request, most - self._in_order_under_way)

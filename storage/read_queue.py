@@ -8,9 +8,11 @@ containers), or would not be asynchronous (files read through the page cache), t
 
 import ctypes
 import errno
+import math
 import os
 import platform
 import queue
+import select
 import threading
 from dataclasses import dataclass
 from typing import Protocol
@@ -33,6 +35,7 @@ _CALLS = {  # setup, destroy, getevents, submit
     "aarch64": (0, 1, 4, 2),
     "riscv64": (0, 1, 4, 2),
 }
+_NOTIFY = 1  # the flag that says that a control block's `notify` counts
 _MOST_THREADS = 8  # more in one Python process lose again
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -79,10 +82,13 @@ class ReadQueue(Protocol):
         """Begins reads from the given one on, at most so many (None: all); returns how many were taken, maybe fewer."""
         ...
 
-    def reap(self, least: int, timeout_s: float) -> tuple[np.ndarray, np.ndarray]:
+    def reap(self, least: int, timeout_s: float, until: int | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Waits until `least` reads are back or the time is over: their tags [n] int64, and their results [n] int64.
 
         A result is a number of bytes, or an error number below zero.
+
+        Args:
+          until: a descriptor; what is back when it can be read, or when any read is, is enough. It may be nothing.
         """
         ...
 
@@ -104,11 +110,13 @@ class KernelQueue:
         self._events = np.zeros(depth, _EVENT)
         self._time = np.zeros(2, np.int64)
         self._events_address, self._time_address = self._events.ctypes.data, self._time.ctypes.data
+        self._returns = _Returns()
 
     def prepare(self, descriptor: int, plan: ReadPlan, tag: int) -> PreparedReads:
         controls = np.zeros(len(plan), _CONTROL)
         controls["data"] = np.arange(tag, tag + len(plan))
         controls["opcode"] = _PREADV
+        controls["flags"], controls["notify"] = _NOTIFY, self._returns.descriptor
         controls["descriptor"] = descriptor
         controls["segments"] = plan.segments.ctypes.data + plan.segments.itemsize * plan.first_segments[:-1]
         controls["num_segments"] = np.diff(plan.first_segments)
@@ -128,7 +136,10 @@ class KernelQueue:
         self.under_way += taken
         return taken
 
-    def reap(self, least: int, timeout_s: float) -> tuple[np.ndarray, np.ndarray]:
+    def reap(self, least: int, timeout_s: float, until: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+        if until is not None:
+            self._returns.wait(timeout_s, until)
+            least, timeout_s = 0, 0.0
         self._time[:] = divmod(round(timeout_s * 1e9), 1_000_000_000)
         try:
             count = self._call(self._getevents, self._context, least, self.depth, self._events_address, self._time_address)
@@ -142,6 +153,7 @@ class KernelQueue:
         if self._context:
             self._call(self._destroy, self._context)  # waits for what is under way
             self._context = 0
+            self._returns.close()
 
     @staticmethod
     def _call(number: int, *arguments: int) -> int:
@@ -157,6 +169,7 @@ class ThreadQueue:
 
     def __init__(self, depth: int) -> None:
         self.depth, self.under_way = depth, 0
+        self._returns = _Returns()
         self._todo: queue.SimpleQueue = queue.SimpleQueue()
         self._done: queue.SimpleQueue = queue.SimpleQueue()
         self._threads = [threading.Thread(target=self._work, daemon=True) for _ in range(min(depth, _MOST_THREADS))]
@@ -173,7 +186,10 @@ class ThreadQueue:
         self.under_way += count
         return count
 
-    def reap(self, least: int, timeout_s: float) -> tuple[np.ndarray, np.ndarray]:
+    def reap(self, least: int, timeout_s: float, until: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+        if until is not None:
+            self._returns.wait(timeout_s, until)
+            least, timeout_s = min(self._done.qsize(), self.under_way), 0.0
         found = []
         try:
             while len(found) < least or (found and not self._done.empty()):
@@ -189,11 +205,35 @@ class ThreadQueue:
             self._todo.put(None)
         for thread in self._threads:
             thread.join()
+        self._returns.close()
 
     def _work(self) -> None:
         while (item := self._todo.get()) is not None:
             tag, descriptor, plan, read = item
             self._done.put((tag, read_now(descriptor, plan, read)))
+            os.eventfd_write(self._returns.descriptor, 1)
+
+
+class _Returns:
+    """Counts reads that come back, so that one can wait for the next of them and for something else at a time.
+
+    Attributes:
+      descriptor: of the counter; who has a read back adds one.
+    """
+
+    def __init__(self) -> None:
+        self.descriptor = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._poll = select.poll()
+        self._poll.register(self.descriptor, select.POLLIN)
+
+    def wait(self, timeout_s: float, until: int) -> None:
+        """Until a read has come back since the last time, or `until` can be read, or the time is over."""
+        self._poll.register(until, select.POLLIN)
+        if any(descriptor == self.descriptor for descriptor, _ in self._poll.poll(math.ceil(timeout_s * 1e3))):
+            os.eventfd_read(self.descriptor)
+
+    def close(self) -> None:
+        os.close(self.descriptor)
 
 
 def open_read_queue(depth: int, *, direct: bool) -> ReadQueue:

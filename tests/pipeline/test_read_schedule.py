@@ -29,7 +29,7 @@ class ListedQueue:
         self.under_way += count
         return count
 
-    def reap(self, least: int, timeout_s: float) -> tuple[np.ndarray, np.ndarray]:
+    def reap(self, least: int, timeout_s: float, until: int | None = None) -> tuple[np.ndarray, np.ndarray]:
         self.under_way -= least
         back, self.begun = self.begun[:least], self.begun[least:]
         return np.array(back), np.full(least, SIZE)
@@ -71,6 +71,20 @@ def test_neurons_do_not_stand_behind_what_streams_by(file: DirectFile) -> None:
     schedule.add(request(file, queue, 3, 1))
     schedule.begin()
     assert numbers(queue) == [1, 1, 3]
+
+
+def test_between_neurons_there_is_only_what_streams_by(file: DirectFile, monkeypatch: pytest.MonkeyPatch) -> None:
+    queue = ListedQueue(16)
+    schedule = ReadSchedule(queue)
+    schedule.add(request(file, queue, 1, 32, in_order=True))
+    assert not schedule.between_neurons  # none have been asked for yet
+    schedule.add(request(file, queue, 2, 3))
+    schedule.begin()
+    assert not schedule.between_neurons
+    schedule.take_back(*queue.reap(3, 0))
+    assert schedule.between_neurons
+    monkeypatch.setattr(read_schedule, "_QUIET_NS", 0)
+    assert not schedule.between_neurons
 
 
 def test_guesses_stand_back_behind_what_somebody_waits_for_and_before_what_streams_by(file: DirectFile) -> None:

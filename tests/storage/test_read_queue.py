@@ -79,6 +79,28 @@ def test_waiting_ends_when_nothing_comes(open_queue) -> None:
         queue.close()
 
 
+def test_waiting_ends_when_a_read_is_back_or_somebody_calls(open_queue, file) -> None:
+    descriptor, content = file
+    rows, call = np.zeros((PARTS, 1, ROW_BYTES), np.uint8), os.eventfd(0, os.EFD_NONBLOCK)
+    queue = open_queue(4)
+    try:
+        began = time.monotonic()
+        assert len(queue.reap(2, 0.05, call)[0]) == 0
+        assert 0.04 <= time.monotonic() - began < 20
+        assert queue.submit(queue.prepare(descriptor, planned(np.array([7]), rows), 9), 0) == 1
+        tags, deadline = [], time.monotonic() + 20
+        while not tags and time.monotonic() < deadline:
+            tags = queue.reap(4, 30.0, call)[0].tolist()  # there will never be four
+        assert tags == [9] and queue.under_way == 0
+        np.testing.assert_array_equal(rows[:, 0], content[7])
+        os.eventfd_write(call, 1)
+        assert len(queue.reap(1, 30.0, call)[0]) == 0
+        assert time.monotonic() - began < 20
+    finally:
+        queue.close()
+        os.close(call)
+
+
 def test_errors_and_ends_of_files_come_as_results(open_queue, file, tmp_path: Path) -> None:
     descriptor, _ = file
     rows = np.zeros((PARTS, 1, ROW_BYTES), np.uint8)
