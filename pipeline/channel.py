@@ -52,6 +52,7 @@ class ChannelRegion:
     done: int
     counters: int
     submitted: int
+    awaited: int
     list_length: int
 
     @classmethod
@@ -63,6 +64,7 @@ class ChannelRegion:
             done=plan.reserve(RING_LENGTH * 8),
             counters=plan.reserve(len(COUNTERS) * 8),
             submitted=plan.reserve(8),
+            awaited=plan.reserve(8),
             list_length=list_length,
         )
 
@@ -74,6 +76,7 @@ class Channel:
       requests: [RING_LENGTH] records; request number n (from 1) is at n % RING_LENGTH.
       positions, slots: [list_length] int32, the lists that SCATTER requests point into.
       submitted: [1] uint64, the number of the newest request.
+      awaited: [1] uint64, the number of the request that the engine waits for, or did last.
       done: [RING_LENGTH] uint64; holds n at n % RING_LENGTH once request n is finished.
       counters: [6] uint64, see `COUNTERS`; since the loader began.
     """
@@ -83,5 +86,6 @@ class Channel:
         self.positions = slab.array(region.positions, (region.list_length,), np.int32)
         self.slots = slab.array(region.slots, (region.list_length,), np.int32)
         self.submitted = slab.array(region.submitted, (1,), np.uint64)
+        self.awaited = slab.array(region.awaited, (1,), np.uint64)
         self.done = slab.array(region.done, (RING_LENGTH,), np.uint64)
         self.counters = slab.array(region.counters, (len(COUNTERS),), np.uint64)

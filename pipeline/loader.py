@@ -107,7 +107,7 @@ class Loader:
     def _work(self) -> None:
         """Reads until nothing is left to read, taking new requests meanwhile."""
         while self._schedule:
-            self._schedule.begin()
+            self._schedule.begin(int(self._channel.awaited[0]))
             self._note_under_way()
             # Neurons that are asked for meanwhile are what the engine waits for.
             until = self._config.wake_descriptor if self._schedule.between_neurons else None

@@ -183,7 +183,8 @@ class LoaderPool:
 
     def _wait(self, ticket: Ticket) -> None:
         deadline = time.monotonic() + _STALL_S
-        while not self.finished(ticket):
+        while missing := [part for part in ticket if not self.finished((part,))]:
+            self._say_awaited(missing)
             events = self._poll.poll(1000)
             if any(descriptor == self._done for descriptor, _ in events):
                 os.eventfd_read(self._done)
@@ -193,6 +194,14 @@ class LoaderPool:
                     self._raise_from(descriptor)
             if not events and time.monotonic() > deadline:
                 raise RunError(f"a read has not finished for {_STALL_S:.0f} s: the disk or a loader process hangs; run again")
+
+    def _say_awaited(self, missing: Sequence[tuple[int, int]]) -> None:
+        """Lets each loader know of the first of its requests that are waited for."""
+        for number, request in dict(reversed(missing)).items():
+            peer = self._peers[number]
+            if int(peer.channel.awaited[0]) != request:
+                peer.channel.awaited[0] = request
+                os.eventfd_write(peer.wake, 1)
 
     def close(self) -> None:
         """Stops the loaders: their lifelines close, they leave; one that does not within two seconds is killed."""

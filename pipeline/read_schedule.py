@@ -2,7 +2,8 @@
 
 Neurons that a step waits for come first. Guesses, which nobody waits for yet, come when there are none of those. Stretches in order
 (matrices and blocks that stream through memory) come last and only a few reads at a time: they are long, are asked for far ahead, and a
-neuron's read stands behind all that the disk has been given before it.
+neuron's read stands behind all that the disk has been given before it. A stretch that the engine itself waits for has the whole queue: until
+it is there, no neurons are asked for.
 """
 
 import time
@@ -130,14 +131,17 @@ class ReadSchedule:
     def _quiet(self) -> bool:
         return time.perf_counter_ns() >= self._neurons_at_ns + _QUIET_NS
 
-    def begin(self) -> None:
-        """Gives the disk as much as it should have now."""
+    def begin(self, awaited: int = 0) -> None:
+        """Gives the disk as much as it should have now; `awaited` is the request that the engine waits for."""
         self._begin_all(self._needed)
         if not any(request.needed for request in self._requests.values()):
             self._begin_all(self._guessed)
-        most = self._queue.depth if self._quiet else _FEW
-        while self._in_order and self._in_order_under_way < most:
+        quiet = self._quiet
+        while self._in_order:
             request = self._in_order[0]
+            most = self._queue.depth if quiet or request.number == awaited else _FEW
+            if self._in_order_under_way >= most:
+                return
             taken = self._begin(request, most - self._in_order_under_way)
             self._in_order_under_way += taken
             if request.all_begun:

@@ -229,6 +229,15 @@ def test_a_shard_cut_while_in_use_is_told(tmp_path: Path) -> None:
             b.scatter(0, range(500), range(500))
 
 
+def test_loaders_know_what_the_engine_waits_for(neurons) -> None:
+    with bench(neurons[0], loaders=2) as b:
+        for _ in range(3):
+            ticket = b.pool.scatter(0, np.arange(500), np.arange(500), b.slots_at)
+            b.pool.wait(ticket)
+        awaited = [int(peer.channel.awaited[0]) for peer in b.pool._peers]
+        assert len(awaited) == 2 and all(number <= 3 for number in awaited) and max(awaited) > 0
+
+
 def test_a_missing_file_is_told(tmp_path: Path, neurons) -> None:
     with (
         bench(neurons[0], files=[tmp_path / "gone"]) as b,

@@ -87,6 +87,21 @@ def test_between_neurons_there_is_only_what_streams_by(file: DirectFile, monkeyp
     assert not schedule.between_neurons
 
 
+def test_a_stretch_that_the_engine_waits_for_has_the_whole_queue(file: DirectFile) -> None:
+    queue = ListedQueue(16)
+    schedule = ReadSchedule(queue)
+    schedule.add(request(file, queue, 1, 3))
+    schedule.add(request(file, queue, 2, 5, in_order=True))
+    schedule.add(request(file, queue, 3, 5, in_order=True))
+    schedule.begin(awaited=1)
+    assert numbers(queue) == [1, 1, 1, 2, 2]
+    schedule.begin(awaited=2)
+    assert numbers(queue) == [1, 1, 1, 2, 2, 2, 2, 2]  # but not the one behind it
+    schedule.take_back(*queue.reap(8, 0))
+    schedule.begin(awaited=2)
+    assert numbers(queue) == [3, 3]
+
+
 def test_guesses_stand_back_behind_what_somebody_waits_for_and_before_what_streams_by(file: DirectFile) -> None:
     queue = ListedQueue(16)
     schedule = ReadSchedule(queue)
