@@ -2,8 +2,8 @@
 
 Neurons that a step waits for come first. Guesses, which nobody waits for yet, come when there are none of those. Stretches in order
 (matrices and blocks that stream through memory) come last and only a few reads at a time: they are long, are asked for far ahead, and a
-neuron's read stands behind all that the disk has been given before it. A stretch that the engine itself waits for has the whole queue: until
-it is there, no neurons are asked for.
+neuron's read stands behind all that the disk has been given before it. A stretch that the engine itself waits for has the whole queue: no
+neurons are asked for until it is there.
 """
 
 import time

@@ -38,6 +38,10 @@ class Bench:
     def raw(self, length: int, at: int = 0) -> bytes:
         return self.slab.array(self.bytes_at + at, (length,), np.uint8).tobytes()
 
+    def awaited(self) -> dict[int, int]:
+        """For each loader the request that the engine waits for."""
+        return {number: int(peer.channel.awaited[0]) for number, peer in enumerate(self.pool._peers)}
+
     def scatter(self, layer: int, positions: Sequence[int] | np.ndarray, slots: Sequence[int] | np.ndarray) -> None:
         self.pool.wait(self.pool.scatter(layer, np.asarray(positions), np.asarray(slots), self.slots_at))
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -230,12 +231,17 @@ def test_a_shard_cut_while_in_use_is_told(tmp_path: Path) -> None:
 
 
 def test_loaders_know_what_the_engine_waits_for(neurons) -> None:
-    with bench(neurons[0], loaders=2) as b:
-        for _ in range(3):
-            ticket = b.pool.scatter(0, np.arange(500), np.arange(500), b.slots_at)
-            b.pool.wait(ticket)
-        awaited = [int(peer.channel.awaited[0]) for peer in b.pool._peers]
-        assert len(awaited) == 2 and all(number <= 3 for number in awaited) and max(awaited) > 0
+    with bench(neurons[0], loaders=2) as b, ThreadPoolExecutor(1) as engine:
+        for process in b.pool.process_ids:
+            os.kill(process, signal.SIGSTOP)
+        ticket = b.pool.scatter(0, np.arange(500), np.arange(500), b.slots_at)
+        waiting, deadline = engine.submit(b.pool.wait, ticket), time.monotonic() + 20
+        while b.awaited() != dict(ticket) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert b.awaited() == dict(ticket) and len(ticket) == 2
+        for process in b.pool.process_ids:
+            os.kill(process, signal.SIGCONT)
+        waiting.result(20)
 
 
 def test_a_missing_file_is_told(tmp_path: Path, neurons) -> None:
