@@ -165,7 +165,10 @@ class LoaderPool:
         return (self._submit(self._turn % len(self._peers), BYTES, file, offset, length, 0, (target,)),)
 
     def finished(self, ticket: Ticket) -> bool:
-        return all(int(self._peers[peer].channel.done[number % RING_LENGTH]) >= number for peer, number in ticket)
+        return all(self._is_done(peer, number) for peer, number in ticket)
+
+    def _is_done(self, peer: int, number: int) -> bool:
+        return int(self._peers[peer].channel.done[number % RING_LENGTH]) >= number
 
     def wait(self, ticket: Ticket) -> None:
         """Returns when the request is done.
@@ -183,8 +186,8 @@ class LoaderPool:
 
     def _wait(self, ticket: Ticket) -> None:
         deadline = time.monotonic() + _STALL_S
-        while missing := [part for part in ticket if not self.finished((part,))]:
-            self._say_awaited(missing)
+        while not self.finished(ticket):
+            self._say_awaited(ticket)
             events = self._poll.poll(1000)
             if any(descriptor == self._done for descriptor, _ in events):
                 os.eventfd_read(self._done)
@@ -195,9 +198,9 @@ class LoaderPool:
             if not events and time.monotonic() > deadline:
                 raise RunError(f"a read has not finished for {_STALL_S:.0f} s: the disk or a loader process hangs; run again")
 
-    def _say_awaited(self, missing: Sequence[tuple[int, int]]) -> None:
-        """Lets each loader know of the first of its requests that are waited for."""
-        for number, request in dict(reversed(missing)).items():
+    def _say_awaited(self, ticket: Ticket) -> None:
+        """Lets each loader know of the first of its requests that is waited for."""
+        for number, request in dict(part for part in reversed(ticket) if not self._is_done(*part)).items():
             peer = self._peers[number]
             if int(peer.channel.awaited[0]) != request:
                 peer.channel.awaited[0] = request
