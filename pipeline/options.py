@@ -38,7 +38,7 @@ class EngineOptions:
       memory: bytes for everything that a run holds; a planner then decides what the options leave at their defaults. "auto": what is
         free, less a reserve. None: the options say it all.
       seed: base of the seeds of requests that bring none.
-      verify: check every weight that is read against its checksum.
+      verify: check every neuron that is read, and every weight that is loaded into memory, against its checksum.
     """
 
     ffn: str = "sparse"

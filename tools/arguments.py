@@ -141,7 +141,7 @@ ENGINE_FLAGS: dict[str, dict[str, Any]] = {
     },
     "verify": {
         "action": "store_true",
-        "help": "check every weight that is read against its checksum; slower",
+        "help": "check neurons that are read, and weights that are loaded, against their checksums; slower",
     },
 }
 

@@ -6,7 +6,7 @@ Two things are measured on one file, in turn with fio where that is installed, a
   disk's limit; how the time of a read grows with its size says how large a gap is worth reading across. The reads are our own queue's,
   with nothing around it, and fio's with the same engine.
 - The loaders, asked for random neurons through shared memory as a decoding step asks. They do more for the same bytes: they take
-  requests, scatter each bundle into two rows, and report.
+  requests, plan reads, and report.
 """
 
 import argparse

@@ -31,7 +31,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_commands(commands, COMMANDS)
     bench = commands.add_parser(
         "bench",
-        help="measure this machine: io, kernels, ablation, plan, llm or tracing",
+        help="measure this machine: io, kernels, ablation, batch, plan, llm or tracing",
         description="Measures this machine, or a model on it. The last line of the output is one JSON document, see docs/cli.md.",
         allow_abbrev=False,
     )
