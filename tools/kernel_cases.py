@@ -25,6 +25,7 @@ from ..kernels.linear import linear
 from ..kernels.predictor import LowRank, predict_low_rank
 from ..kernels.sparse_ffn import block_ffn, gathered_ffn
 from ..pipeline.block_pool import BLOCK_SIZE
+from .stopwatch import seconds_of
 
 POSITIONS, FEW_POSITIONS = 256, 32  # that each sequence looks back on
 _CAPACITY = 512
@@ -182,11 +183,5 @@ def timed_rounds(calls: list[Call], seconds: float, before: Callable[[], object]
     end = time.perf_counter() + seconds * len(calls)
     while len(rounds) < _FEWEST_ROUNDS or (time.perf_counter() < end and len(rounds) < _MOST_ROUNDS):
         before()
-        rounds.append([_seconds(call) for call in calls])
+        rounds.append([seconds_of(lambda call=call: jax.block_until_ready(call())) for call in calls])
     return rounds
-
-
-def _seconds(call: Call) -> float:
-    start = time.perf_counter()
-    jax.block_until_ready(call())
-    return time.perf_counter() - start

@@ -28,9 +28,10 @@ from .table import table
 
 SIZES = (4 << 10, 8 << 10, 16 << 10, 32 << 10, 128 << 10, 1 << 20)
 DEPTHS = (1, 16, 128)
-BATCHES = (1, 8)
-WIDTHS = (256, 2048, 4096)
-"""d_model of the kernels; d_ff is four times as much."""
+WIDTHS = {1: (256, 2048, 4096), 8: (256, 2048)}
+"""d_model of the kernels, by batch; d_ff is four times as much. Beyond the widest, time is in proportion to bytes: with eight sequences, who
+compute more than they read, that holds from half the width on."""
+BATCHES = tuple(WIDTHS)
 _TOLD = (1 << 20, 8 << 20, 64 << 20)
 _BUNDLE_BYTES, _FILE_MIB, _FEW_MIB = 8 << 10, 384, 64
 _CURVE_S, _KERNEL_S = 0.12, 0.08
@@ -76,7 +77,7 @@ class _Probe:
         from .yardstick import Yardstick, neuron_files
 
         with ThreadPoolExecutor(1) as beside:
-            compiling = beside.submit(ProbedKernels, WIDTHS, BATCHES)
+            compiling = beside.submit(ProbedKernels, WIDTHS)
             making = beside.submit(lambda: opened.enter_context(TinyModel(scratch / "tiny", BATCHES)))
             given = (folder / "zarr.json").exists()  # then the other is only for neurons of a known size
             self.folder, self.own = folder, scratch_store(scratch / "neurons", _BUNDLE_BYTES, _FEW_MIB if given else _FILE_MIB)

@@ -27,18 +27,17 @@ _NAMES = {
 class ProbedKernels:
     """The kernels of models of several widths, compiled in the form that runs use."""
 
-    def __init__(self, widths: Sequence[int], batches: Sequence[int]) -> None:
+    def __init__(self, widths: Mapping[int, Sequence[int]]) -> None:
         """Compiles.
 
         Args:
-          widths: d_model, ascending; d_ff is four times as much, the head has as many rows.
-          batches: numbers of sequences.
+          widths: by number of sequences: d_model, ascending from the same one; d_ff is four times as much, the head has as many rows.
         """
         is_native, wanted = native_library.choose(), {*_NAMES.values(), "attention"}
-        self._widths, self._batches, self._cases = widths, batches, []
-        for width in widths:
+        self._widths, self._cases = widths, []
+        for width in sorted({width for each in widths.values() for width in each}):
             weights = Weights(width, 4 * width, 4 * width)
-            for batch in batches:
+            for batch in (batch for batch, each in widths.items() if width in each):
                 cases = [replace(case, native=is_native) for case in kernel_cases(weights, batch) if case.name in wanted]
                 self._cases += [(width, case, case.prepare(case)) for case in cases]
         compile_all([call for _, _, call in self._cases])
@@ -54,31 +53,32 @@ class ProbedKernels:
           cached_pace: beside those of the least width, which are measured among themselves: a model so small stays in the processor's
             caches, too.
         """
-        small, cached = self._timed(self._widths[:1], seconds, cached_pace)
-        large, beyond_caches = self._timed(self._widths[1:], seconds, pace)
+        least = min(width for width, _, _ in self._cases)
+        small, cached = self._timed(lambda width: width == least, seconds, cached_pace)
+        large, beyond_caches = self._timed(lambda width: width > least, seconds, pace)
         measured = small | large
-        looking = {batch: self._looking_back(measured, batch) for batch in self._batches}
+        looking = {batch: self._looking_back(measured, batch) for batch in self._widths}
         found: dict[str, dict[int, KernelTimes]] = {name: {} for name in _NAMES}
         for name, kernel in _NAMES.items():
-            for batch in self._batches:
-                points = [measured[kernel, width, batch] for width in self._widths]
+            for batch, widths in self._widths.items():
+                points = [measured[kernel, width, batch] for width in widths]
                 if name == "attention":
                     points = [
                         _without(looking[batch], FEW_POSITIONS * batch * 8 * width, *point)
-                        for width, point in zip(self._widths, points, strict=True)
+                        for width, point in zip(widths, points, strict=True)
                     ]
                 found[name][batch] = KernelTimes.of(points)
         keys_and_values = {batch: KernelTimes.along(rate) for batch, rate in looking.items()}
         return found | {"keys and values": keys_and_values}, beyond_caches, cached
 
     def _timed(
-        self, widths: Sequence[int], seconds: float, pace: Callable[[], Pace]
+        self, of_width: Callable[[int], bool], seconds: float, pace: Callable[[], Pace]
     ) -> tuple[dict[tuple[str, int, int], tuple[int, float]], Pace]:
         """Bytes of weights, and the seconds of a call at the median pace, by kernel, width and batch; and that pace."""
-        timed = [(width, case, call) for width, case, call in self._cases if width in widths]
+        timed = [each for each in self._cases if of_width(each[0])]
         paces: list[Pace] = []
         rounds = timed_rounds([call for _, _, call in timed], seconds, lambda: paces.append(pace()))
-        median = {batch: float(np.median([each[batch] for each in paces])) for batch in self._batches}
+        median = {batch: float(np.median([each[batch] for each in paces])) for batch in self._widths}
         found = {}
         for (width, case, _), times in zip(timed, zip(*rounds, strict=True), strict=True):
             paced = [time * median[case.batch] / each[case.batch] for time, each in zip(times, paces, strict=True)]
@@ -88,7 +88,7 @@ class ProbedKernels:
     def _looking_back(self, measured: Mapping[tuple[str, int, int], tuple[float, float]], batch: int) -> Rate:
         """The rate at which attention takes in keys and values: by how much longer it takes over many positions than over few."""
         rates = []
-        for width in self._widths[1:]:
+        for width in self._widths[batch][1:]:
             (most, longer), (least, shorter) = (measured[kernel, width, batch] for kernel in ("attention", "short attention"))
             rates.append((most - least) / max(longer - shorter, 1e-9))
         return Rate(fixed_s=0.0, bytes_per_s=statistics.median(rates))

@@ -12,6 +12,7 @@ import numpy as np
 
 from ..storage.read_rate import read_rate
 from ..storage.store import Store
+from .stopwatch import seconds_of
 
 _STREAMED_BYTES, _MOST_STREAMED, _WARMED_BYTES = 256 << 20, 64, 2 << 30
 _FETCHED, _FETCHES = 1024, 12  # neurons that loaders are asked for at once, and how often
@@ -76,7 +77,7 @@ class _Layer:
         More than what a loader uses: a virtual disk's host, and the memory, work for a read, too.
         """
         size = min(_PASSING_BYTES, self._file_bytes)
-        alone = statistics.median(_seconds(product) for _ in range(_PRODUCTS))
+        alone = statistics.median(seconds_of(product) for _ in range(_PRODUCTS))
         tickets, asked, arrived, products = deque[Any](), 0, 0, 0
         began = time.perf_counter()
         while (elapsed := time.perf_counter() - began) < _PASSING_S:
@@ -166,9 +167,3 @@ def fetching(store: Store, yardstick: Any, state: Any) -> dict[str, float]:
     ((file, file_bytes),) = neuron_files(store)
     single = alone - size / read_rate(file, file_bytes, size, 1, _QUEUE_S)
     return {"request_s": pace * max(single, 2e-5), "read_cpu_s": pace * processor}
-
-
-def _seconds(call: Callable[[], object]) -> float:
-    began = time.perf_counter()
-    call()
-    return time.perf_counter() - began

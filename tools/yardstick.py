@@ -23,6 +23,7 @@ from ..storage.layout import bundles_path
 from ..storage.read_rate import read_rate
 from ..storage.shard_index import open_raw_array
 from ..storage.store import Store
+from .stopwatch import seconds_of
 
 _ROWS, _COLUMNS = 16384, 4096  # 128 MiB in bf16: beyond any cache
 _CACHED_ROWS, _CACHED_COLUMNS, _CACHED_CALLS = 1024, 512, 16  # a matrix of 1 MiB
@@ -58,7 +59,7 @@ class Yardstick:
         return MachineState(
             kernel_s=self.kernels(3),
             cached_kernel_s=self.cached_kernels(8),
-            processor_s=min(_seconds(self._place) for _ in range(3)),
+            processor_s=min(seconds_of(self._place) for _ in range(3)),
             random_bytes_per_s=self._reading(_READ_BYTES, _READ_DEPTH, in_order=False),
             stream_bytes_per_s=self._reading(_BLOCK_BYTES, _BLOCK_DEPTH, in_order=True),
         )
@@ -105,11 +106,4 @@ def _completed(product: Callable[..., jax.Array], vectors: jax.Array, weight: ja
 
 def _medians(products: Mapping[int, Callable[[], object]], times: int, calls: int = 1) -> dict[int, float]:
     """Median seconds of so many calls together, done so many times, by number of sequences."""
-    return {batch: statistics.median(_seconds(call, calls) for _ in range(times)) for batch, call in products.items()}
-
-
-def _seconds(call: Callable[[], object], times: int = 1) -> float:
-    began = time.perf_counter()
-    for _ in range(times):
-        call()
-    return time.perf_counter() - began
+    return {batch: statistics.median(seconds_of(call, calls) for _ in range(times)) for batch, call in products.items()}

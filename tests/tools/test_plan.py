@@ -28,7 +28,7 @@ def quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An empty cache, and measurements that mean nothing and take no time."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     for name, value in {
-        "SIZES": (4096, 16384), "DEPTHS": (1, 4), "BATCHES": (1,), "WIDTHS": (64, 128), "_FILE_MIB": 16, "_CURVE_S": 0.02,
+        "SIZES": (4096, 16384), "DEPTHS": (1, 4), "BATCHES": (1,), "WIDTHS": {1: (64, 128)}, "_FILE_MIB": 16, "_CURVE_S": 0.02,
         "_KERNEL_S": 0.01, "_BUNDLE_BYTES": 4096,
     }.items():  # fmt: skip
         monkeypatch.setattr(probe, name, value)
