@@ -237,7 +237,7 @@ class Loader:
 
     def _plan_bytes(self, number: int, source: int, start: int, count: int, target: int) -> Request:
         file = self._file(source)
-        direct = file.can_read_directly(ALIGNMENT, target, start) and count % ALIGNMENT == 0
+        direct = count % ALIGNMENT == 0 and file.can_read_directly(ALIGNMENT, target, start)
         plan = plan_bytes(start, count, self._slab.array(target, (count,), np.uint8).ctypes.data)
         reads = self._queue.prepare(file.descriptor(direct), plan, first_tag(number))
         return Request(number, reads, file, count, lambda: None, in_order=True)

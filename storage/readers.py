@@ -84,6 +84,7 @@ class DirectFile:
         self.path = path
         self._buffered = _open(path, os.O_RDONLY)
         self._direct: int | None = None
+        self._tried: dict[tuple[int, int, int], bool] = {}
         if _DIRECT:
             try:
                 self._direct = os.open(path, os.O_RDONLY | _DIRECT)
@@ -91,14 +92,21 @@ class DirectFile:
                 self._direct = None
 
     def can_read_directly(self, segment_bytes: int, address: int, offset: int) -> bool:
-        """Whether scattered direct reads in units of `segment_bytes` work here; asks the disk by trying one."""
+        """Whether scattered direct reads in units of `segment_bytes` work here; asks the disk by trying one, once an alignment."""
         if self._direct is None or segment_bytes % _SECTOR_BYTES or address % _SECTOR_BYTES or offset % _SECTOR_BYTES:
             return False
+        alignment = segment_bytes, address % 4096, offset % 4096
+        if alignment not in self._tried:
+            self._tried[alignment] = self._try(self._direct, segment_bytes, address, offset)
+        return self._tried[alignment]
+
+    @staticmethod
+    def _try(descriptor: int, segment_bytes: int, address: int, offset: int) -> bool:
         room = np.empty(segment_bytes + 4096, np.uint8)
         # The trial's address has the very alignment that later reads will have.
         start = (address - room.ctypes.data) % 4096
         try:
-            return os.preadv(self._direct, [memoryview(room)[start : start + segment_bytes]], offset) == segment_bytes
+            return os.preadv(descriptor, [memoryview(room)[start : start + segment_bytes]], offset) == segment_bytes
         except OSError:
             return False
 
@@ -129,7 +137,7 @@ class DirectFile:
 
 
 class DirectReader:
-    """The hot path: byte ranges resolved once, `preadv` scattering each bundle into its rows, neighbours merged into one call.
+    """The hot path: byte ranges resolved once, `preadv` to wherever rows or bundles belong, neighbours merged into one call.
 
     `read` goes through one read after the other; loaders take `plan` and keep many reads under way. Thread-safe: the descriptors
     carry no position.
@@ -145,7 +153,6 @@ class DirectReader:
         self.file = DirectFile(self._array.file)
         self._num_parts = self._array.shape[1]
         self._row_bytes = self._array.row_bytes // self._num_parts
-        self._modes: dict[tuple[int, ...], bool] = {}
         self._checksums = read_checksums(store, layer) if verify else None
 
     def read(self, positions: np.ndarray, slots: np.ndarray, parts: Sequence[np.ndarray]) -> ReadCount:
@@ -174,19 +181,16 @@ class DirectReader:
         return plan_rows(self._array.row_offsets[positions], addresses[:, None], size, merge_gap=merge_gap, scratch=scratch)
 
     def descriptor(self, addresses: Sequence[int]) -> int:
-        """To read rows of the arrays at these addresses with: direct where that works, tried once an alignment."""
-        key = tuple(address % 4096 for address in addresses)
-        if key not in self._modes:
-            offset = int(self._array.row_offsets[0])
-            self._modes[key] = all(self.file.can_read_directly(self._row_bytes, address, offset) for address in key)
-            if not self._modes[key]:
-                warn_buffered(self.file.path, self._row_bytes)
-        return self.file.descriptor(self._modes[key])
+        """To read rows of the arrays at these addresses with: direct where that works."""
+        direct = self.is_direct(addresses)
+        if not direct:
+            warn_buffered(self.file.path, self._row_bytes)
+        return self.file.descriptor(direct)
 
     def is_direct(self, addresses: Sequence[int]) -> bool:
         """Whether reads into rows of the arrays at these addresses go past the page cache."""
-        self.descriptor(addresses)
-        return self._modes[tuple(address % 4096 for address in addresses)]
+        offset = int(self._array.row_offsets[0])
+        return all(self.file.can_read_directly(self._row_bytes, address, offset) for address in addresses)
 
     def check(self, positions: np.ndarray, slots: np.ndarray, parts: Sequence[np.ndarray]) -> None:
         """Compares what was read with the checksums, where the reader was asked to verify.
