@@ -38,7 +38,7 @@ REQUEST = np.dtype(
     ]
 )
 COUNTERS = ("reads", "bytes", "gap_bytes", "busy_ns", "requests", "under_way")
-"""`bytes` are those asked for; `gap_bytes` lay between them and were read along. `busy_ns`: time with reads under way. `under_way`: reads
+"""`reads` came back; `bytes` are those asked for; `gap_bytes` lay between them and were read along. `busy_ns`: time with reads under way. `under_way`: reads
 that are, now; the others are totals."""
 
 

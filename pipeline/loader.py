@@ -115,6 +115,7 @@ class Loader:
                 tags, results = self._queue.reap(self._schedule.worth_waiting_for(), _LOOK_UP_S, until)
                 self._trace.tell(len(tags))
             self._note_under_way()
+            self._count(reads=len(tags))
             if until is not None:
                 self._take_call()
             for request in self._schedule.take_back(tags, results):
@@ -152,7 +153,6 @@ class Loader:
             return
         plan, now = request.reads.plan, time.perf_counter_ns()
         self._count(
-            reads=len(plan),
             bytes=request.num_bytes,
             gap_bytes=plan.num_bytes - request.num_bytes,
             busy_ns=now - self._counted_until,
@@ -268,8 +268,9 @@ class Loader:
 
 
 def main() -> None:
-    # Ctrl-C reaches the whole terminal group; the engine decides when loaders stop.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Ctrl-C reaches the whole terminal group, and so may SIGTERM (timeout, systemd); the engine decides when loaders stop.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     warnings.simplefilter("ignore")  # the engine says once for all loaders when reads are not direct
     config = LoaderConfig.from_json(sys.argv[1])
     if config.trace_descriptor is not None:

@@ -25,8 +25,9 @@ from .loader import LoaderConfig
 from .slab import Slab, SlabPlan
 from .trace import ASK, WAIT, flow_of, recorder
 
-_STALL_S = 60.0  # no answer for so long means that the disk, or the loader, hangs
-_START_S = 30.0
+_STALL_S = 60.0  # not one read for so long means that the disk, or the loader, hangs
+_LEAVE_S = 2.0  # for a loader to end in
+_EXIT_CODE_S = 30.0  # until a loader whose pipe has closed says how it ended
 _SMALLEST_SHARE_BYTES = 32 << 10
 
 Ticket = tuple[tuple[int, int], ...]
@@ -125,6 +126,9 @@ class LoaderPool:
         totals = sum((peer.channel.counters.astype(np.int64) for peer in self._peers), np.zeros(len(COUNTERS), np.int64))
         return dict(zip(COUNTERS, totals.tolist(), strict=True))
 
+    def _reads_back(self) -> int:
+        return sum(int(peer.channel.counters[COUNTERS.index("reads")]) for peer in self._peers)
+
     def scatter(self, layer: int, positions: np.ndarray, slots: np.ndarray, bundles: int, *, ahead: bool = False) -> Ticket:
         """Asks for neurons of a layer.
 
@@ -175,7 +179,7 @@ class LoaderPool:
 
         Raises:
           Exception: whatever a loader met, with the loader's traceback as a note.
-          RunError: a loader died, or nothing happened for a minute.
+          RunError: a loader died, or not one read came back for a minute.
         """
         if not self.finished(ticket):
             began = time.perf_counter_ns()
@@ -185,7 +189,7 @@ class LoaderPool:
         self._trace.arrived(ticket)
 
     def _wait(self, ticket: Ticket) -> None:
-        deadline = time.monotonic() + _STALL_S
+        deadline, seen = time.monotonic() + _STALL_S, self._reads_back()
         while not self.finished(ticket):
             self._say_awaited(ticket)
             events = self._poll.poll(1000)
@@ -196,6 +200,9 @@ class LoaderPool:
                 if descriptor != self._done:
                     self._raise_from(descriptor)
             if not events and time.monotonic() > deadline:
+                before, seen, deadline = seen, self._reads_back(), time.monotonic() + _STALL_S
+                if seen != before:  # a slow disk, and a long request
+                    continue
                 raise RunError(f"a read has not finished for {_STALL_S:.0f} s: the disk or a loader process hangs; run again")
 
     def _say_awaited(self, ticket: Ticket) -> None:
@@ -207,16 +214,20 @@ class LoaderPool:
                 os.eventfd_write(peer.wake, 1)
 
     def close(self) -> None:
-        """Stops the loaders: their lifelines close, they leave; one that does not within two seconds is killed."""
+        """Stops the loaders: their lifelines close, they leave; one that does not within two seconds is killed.
+
+        Where the disk hangs, not even that ends a process before its reads are back; it is left to the system then.
+        """
         for peer in self._peers:
             os.close(peer.lifeline)
-        deadline = time.monotonic() + 2
+        deadline = time.monotonic() + _LEAVE_S
         for peer in self._peers:
             try:
                 peer.process.wait(timeout=max(deadline - time.monotonic(), 0))
             except subprocess.TimeoutExpired:
                 peer.process.kill()
-                peer.process.wait()
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    peer.process.wait(timeout=_LEAVE_S)
             os.close(peer.errors)
             os.close(peer.wake)
         self._peers = []
@@ -294,7 +305,7 @@ class LoaderPool:
         header = os.read(descriptor, 8)
         if len(header) < 8:
             try:
-                code = peer.process.wait(timeout=_START_S)
+                code = peer.process.wait(timeout=_EXIT_CODE_S)
             except subprocess.TimeoutExpired:
                 code = None
             raise RunError(

@@ -23,6 +23,7 @@ BYTES_BEFORE_NEURONS = _FEW * MOST_BYTES // 2
 """That neurons stand behind, on average, where something streams by meanwhile."""
 _QUIET_NS = 100_000_000  # after so long without neurons asked for, nothing has to be let past
 _TAG_BITS = 32  # of a read's number in its plan
+_NUMBERS = 1 << 31  # of requests that tags tell apart, far more than there are at a time
 
 
 class Request:
@@ -96,7 +97,7 @@ class Request:
 
 def first_tag(number: int) -> int:
     """Of the reads of a request; `ReadSchedule.take_back` knows it by this."""
-    return number << _TAG_BITS
+    return number % _NUMBERS << _TAG_BITS
 
 
 class ReadSchedule:
@@ -104,7 +105,7 @@ class ReadSchedule:
 
     def __init__(self, queue: ReadQueue) -> None:
         self._queue, self._trace = queue, recorder()
-        self._requests: dict[int, Request] = {}  # by number, in the order in which they came
+        self._requests: dict[int, Request] = {}  # by number as tags have it, in the order in which they came
         self._needed: deque[Request] = deque()  # these three: with reads that have not begun
         self._guessed: deque[Request] = deque()
         self._in_order: deque[Request] = deque()
@@ -116,7 +117,7 @@ class ReadSchedule:
 
     def add(self, request: Request) -> None:
         """A request that has something to read."""
-        self._requests[request.number] = request
+        self._requests[request.number % _NUMBERS] = request
         queue = self._in_order if request.in_order else self._needed if request.needed else self._guessed
         queue.append(request)
         if not request.in_order:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from inflash.pipeline.channel import COUNTERS
 from inflash.pipeline.loader_pool import LoaderPool
 from inflash.pipeline.slab import Slab, SlabPlan
 from inflash.storage.store import Store
@@ -41,6 +42,10 @@ class Bench:
     def awaited(self) -> dict[int, int]:
         """For each loader the request that the engine waits for."""
         return {number: int(peer.channel.awaited[0]) for number, peer in enumerate(self.pool._peers)}
+
+    def count_read(self) -> None:
+        """Has the first loader seem to have one more read back."""
+        self.pool._peers[0].channel.counters[COUNTERS.index("reads")] += np.uint64(1)
 
     def scatter(self, layer: int, positions: Sequence[int] | np.ndarray, slots: Sequence[int] | np.ndarray) -> None:
         self.pool.wait(self.pool.scatter(layer, np.asarray(positions), np.asarray(slots), self.slots_at))

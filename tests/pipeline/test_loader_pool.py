@@ -16,6 +16,7 @@ from pipeline_bench import NUM_SLOTS, bench
 from tiny_models import flip_byte, write_neurons
 
 from inflash.errors import InflashError, RunError
+from inflash.pipeline import loader_pool
 from inflash.pipeline.channel import RING_LENGTH
 from inflash.pipeline.loader_pool import LoaderPool
 from inflash.pipeline.slab import Slab, SlabPlan
@@ -174,6 +175,44 @@ def test_a_stopped_loader_cannot_hold_up_closing(neurons) -> None:
         began = time.monotonic()
         b.pool.close()
         assert time.monotonic() - began < 6
+
+
+def test_a_loader_that_nothing_ends_cannot_hold_up_closing(neurons, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where a disk hangs: a process that waits for its reads to come back is not even killed before."""
+    monkeypatch.setattr(loader_pool, "_LEAVE_S", 0.2)
+    with bench(neurons[0], loaders=1) as b:
+        b.scatter(0, [0], [0])
+        process, killed = b.pool._peers[0].process, []
+        process.send_signal(signal.SIGSTOP)
+        monkeypatch.setattr(subprocess.Popen, "kill", lambda self: killed.append(self.pid))
+        b.pool.close()
+        assert killed == [process.pid]
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait(20)
+
+
+def test_only_a_disk_that_gives_nothing_counts_as_hanging(neurons, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loader_pool, "_STALL_S", 0.1)  # it is looked at once a second
+    with bench(neurons[0], loaders=1) as b, ThreadPoolExecutor(1) as engine:
+        b.scatter(0, [0], [0])
+        os.kill(b.pool.process_ids[0], signal.SIGSTOP)
+        waiting = engine.submit(b.pool.wait, b.pool.scatter(0, np.arange(500), np.arange(500), b.slots_at))
+        deadline = time.monotonic() + 3.5
+        while time.monotonic() < deadline:  # as if single reads of the request came back
+            b.count_read()
+            time.sleep(0.05)
+        assert not waiting.done()
+        with pytest.raises(RunError, match="a read has not finished for 0 s: the disk or a loader process hangs"):
+            waiting.result(20)
+
+
+def test_a_signal_for_the_whole_group_ends_no_loader(neurons) -> None:
+    with bench(neurons[0], loaders=2) as b:
+        b.scatter(0, range(500), range(500))  # they have started
+        for process in b.pool.process_ids:
+            os.kill(process, signal.SIGTERM)
+            os.kill(process, signal.SIGINT)
+        b.scatter(1, range(500), range(500))
 
 
 def test_closing_twice_is_closing_once(neurons) -> None:

@@ -57,6 +57,17 @@ def numbers(queue: ListedQueue) -> list[int]:
     return [tag // first_tag(1) for tag in queue.begun]
 
 
+def test_requests_may_have_any_number(file: DirectFile) -> None:
+    """After weeks of a small model there are more than a tag has room for."""
+    queue, many = ListedQueue(16), (1 << 31) - 1
+    schedule = ReadSchedule(queue)
+    for number in range(many, many + 3):
+        schedule.add(request(file, queue, number, 2))
+    schedule.begin(many + 2)
+    assert [done.number for done in schedule.take_back(*queue.reap(6, 0))] == [many + 1, many + 2, many]
+    assert not schedule
+
+
 def test_neurons_do_not_stand_behind_what_streams_by(file: DirectFile) -> None:
     queue = ListedQueue(16)
     schedule = ReadSchedule(queue)
