@@ -109,17 +109,18 @@ def new_job(input_file: Path, output: Path, error_file: Path | None) -> BatchJob
     )
 
 
-def resumed_job(new: BatchJob, output: Path) -> BatchJob:
+def resumed_job(new: BatchJob, output: Path, held: Path | None = None) -> BatchJob:
     """The job that left results in `output`, if it is the same one as `new`. Writes nothing.
 
     Args:
       new: a job whose input and settings are known.
       output: the result file.
+      held: the file that has the results, if that is another one.
 
     Raises:
       InflashError: if the results there were made from another input or with other settings, or nobody knows from what.
     """
-    old, settings = _read_job(output), json.loads(json.dumps(new.settings))
+    old, settings = _read_job(output, held or output), json.loads(json.dumps(new.settings))
     differing = [] if old.input_sha256 == new.input_sha256 else ["the input file's content"]
     for name in sorted({*old.settings, *settings}):
         before, after = old.settings.get(name), settings.get(name)
@@ -133,7 +134,7 @@ def resumed_job(new: BatchJob, output: Path) -> BatchJob:
     return replace(new, id=old.id, created_at=old.created_at, in_progress_at=old.in_progress_at)
 
 
-def _read_job(output: Path) -> BatchJob:
+def _read_job(output: Path, held: Path) -> BatchJob:
     path = job_path(output)
     try:
         document = json.loads(path.read_bytes())
@@ -141,6 +142,6 @@ def _read_job(output: Path) -> BatchJob:
         return BatchJob(**{name: document[name] for name in kept})
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InflashError(
-            f"result file {output} holds results, but {path}, which says what they were made from, cannot be read ({error}); "
-            "choose another output, or --no-resume to overwrite it"
+            f"result file {held} holds results, but {path}, which says what they were made from, cannot be read ({error}); "
+            f"choose another {'output' if held == output else 'error file'}, or --no-resume to overwrite it"
         ) from error

@@ -33,9 +33,14 @@ class BatchOutputs:
             self.results = stack.enter_context(_Closing(open_results(output))).place
             self.errors = stack.enter_context(_Closing(open_results(error_file))).place if error_file is not None else None
             self.resumable = isinstance(self.results, ResultFile)
-            self.fresh = not any(file.path.stat().st_size for file in self._files())
+            self.fresh = self.held is None
             self._kept = stack.pop_all()
         self._taken = False
+
+    @property
+    def held(self) -> Path | None:
+        """A file that holds results."""
+        return next((file.path for file in self._files() if file.path.stat().st_size), None)
 
     def finished(self, batch: BatchFile) -> np.ndarray:
         """[len(batch)] int8: OPEN, SUCCEEDED or UNSUCCESSFUL.
@@ -52,7 +57,8 @@ class BatchOutputs:
                         f"{file.name} has an answer to {custom_id!r}, which {batch.path} does not ask; "
                         "choose another output, or --no-resume to overwrite it"
                     )
-                states[index] = SUCCEEDED if succeeded else UNSUCCESSFUL
+                if states[index] != SUCCEEDED:  # it may have failed in one run, and succeeded in another that had no error file
+                    states[index] = SUCCEEDED if succeeded else UNSUCCESSFUL
         return states
 
     def drop_unsuccessful(self) -> None:

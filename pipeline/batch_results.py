@@ -40,16 +40,15 @@ def success_line(
     return _line(custom_id, {"status_code": 200, "request_id": f"req_{uuid.uuid4().hex}", "body": body}, None)
 
 
-def refused_line(custom_id: str, message: str, *, param: str | None = None, code: str | None = None) -> dict[str, Any]:
+def refused_line(custom_id: str, message: str, *, param: str | None = None) -> dict[str, Any]:
     """The result of a request that cannot be run as it is (status 400).
 
     Args:
       custom_id: the request's own name.
       message: what is wrong with it.
       param: the field at fault.
-      code: OpenAI's word for the fault, such as "context_length_exceeded".
     """
-    error = {"message": message, "type": "invalid_request_error", "param": param, "code": code}
+    error = {"message": message, "type": "invalid_request_error", "param": param, "code": None}
     response = {"status_code": 400, "request_id": f"req_{uuid.uuid4().hex}", "body": {"error": error}}
     return _line(custom_id, response, None)
 

@@ -108,7 +108,15 @@ class BatchRun:
         return self._llm.make_request(entry.custom_id, entry.prompt, entry.sampling_params, index)
 
     def _make_unless_refused(self, index: int) -> Request | None:
-        return None if index in self._refusals else self._make(index)
+        if index in self._refusals:
+            return None
+        try:
+            return self._make(index)
+        except (ChatTemplateError, RunError):
+            raise
+        except InflashError as error:  # of a chat that could be rendered when it was measured
+            self._refusals[index] = str(error)
+            return None
 
     def _requests(self, on_request: Callable[[], object]) -> Iterator[Request]:
         """What can be run, one by one, like prompts together; refuses the rest. Waits while no more results can be kept."""

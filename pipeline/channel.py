@@ -38,8 +38,8 @@ REQUEST = np.dtype(
     ]
 )
 COUNTERS = ("reads", "bytes", "gap_bytes", "busy_ns", "requests", "under_way")
-"""`reads` came back; `bytes` are those asked for; `gap_bytes` lay between them and were read along. `busy_ns`: time with reads under way. `under_way`: reads
-that are, now; the others are totals."""
+"""`reads` came back; `bytes` are those asked for; `gap_bytes` lay between them and were read along. `busy_ns`: time with reads under way.
+`under_way`: reads that are, now; the others are totals."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,7 +4,6 @@ import json
 import os
 import select
 import subprocess
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,10 +11,11 @@ from typing import Any
 
 from ..errors import InflashError
 from ..storage.tokenizer_files import CHAT_TEMPLATE_FILE
+from .interpreter import module_command, module_environment
 
 CONFIG_FILE = "tokenizer_config.json"
 ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-RENDERER = ("-m", "inflash.pipeline.chat_renderer")
+RENDERER = module_command("pipeline.chat_renderer")
 MOST_ENDLESS = 3
 """After so many endless renderings in a row nothing more is expected of a template."""
 
@@ -69,13 +69,12 @@ class ChatTemplate:
             process.communicate()
 
     def _start(self) -> None:
-        # A new interpreter rather than multiprocessing's: users' scripts need no `if __name__ == "__main__"`.
         self._process = subprocess.Popen(
-            [sys.executable, "-P", *RENDERER],
+            RENDERER,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+            env=module_environment(),
             bufsize=0,
         )
         answer = self._ask({"template": self._source, "tokens": self._tokens}, _START_S)
@@ -90,9 +89,7 @@ class ChatTemplate:
         assert self._process is not None and self._process.stdin is not None and self._process.stdout is not None
         deadline, parts = time.monotonic() + timeout_s, []
         try:
-            data = memoryview(json.dumps(request).encode() + b"\n")
-            while data:
-                data = data[self._process.stdin.write(data) :]
+            self._tell(json.dumps(request).encode() + b"\n", deadline)
             while not parts or not parts[-1].endswith(b"\n"):
                 if not select.select([self._process.stdout], [], [], max(deadline - time.monotonic(), 0))[0]:
                     break
@@ -102,10 +99,19 @@ class ChatTemplate:
                 parts.append(part)
             else:
                 return json.loads(b"".join(parts))
-        except BrokenPipeError:
+        except (BrokenPipeError, TimeoutError):
             pass
         self.close()
         return None
+
+    def _tell(self, line: bytes, deadline: float) -> None:
+        """Raises TimeoutError where the process takes nothing, and BrokenPipeError where it has ended."""
+        assert self._process is not None and self._process.stdin is not None
+        descriptor, rest = self._process.stdin.fileno(), memoryview(line)
+        while rest:
+            if not select.select([], [descriptor], [], max(deadline - time.monotonic(), 0))[1]:
+                raise TimeoutError
+            rest = rest[os.write(descriptor, rest[: select.PIPE_BUF]) :]  # so much is taken at once, without waiting
 
 
 def load_chat_template(folder: Path) -> ChatTemplate:

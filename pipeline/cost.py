@@ -18,7 +18,7 @@ from .memory_parts import head_block_bytes
 from .options import EngineOptions
 from .paper_disk import PaperDisk, PaperStream
 from .plan import CACHED, STREAMED, Plan, head_block_rows
-from .predictors import predictor_bytes
+from .predictors import predictor_memory_bytes
 from .read_schedule import BYTES_BEFORE_NEURONS
 from .weights import compute_dtype
 
@@ -91,7 +91,7 @@ class CostModel:
 
     def predictor_layer_bytes(self, name: str, layer: int) -> int:
         if (name, layer) not in self._predictor_bytes:
-            self._predictor_bytes[name, layer] = predictor_bytes(self.store, name, self._compute, [layer])
+            self._predictor_bytes[name, layer] = predictor_memory_bytes(self.store, name, self._compute, [layer])
         return self._predictor_bytes[name, layer]
 
     @property

@@ -103,7 +103,7 @@ class LiveCounters:
 
 
 class LiveReader:
-    """Another process's view of an engine; it stays readable after the engine has ended. A context manager.
+    """Another process's view of an engine. It stays readable after the engine has ended, and keeps the engine's memory for as long.
 
     Attributes:
       pid: of the engine.
@@ -136,6 +136,11 @@ class LiveReader:
             }
         except (LookupError, StopIteration, OSError, ValueError) as error:
             raise InflashError(f"process {pid}: its engine has just ended; {_others()}") from error
+
+    @property
+    def ended(self) -> bool:
+        """Whether the engine was closed; one whose process was killed could not say so."""
+        return self._page[_ABOUT_AT] == 0
 
     def read(self) -> LiveCounters:
         """The counters of now.

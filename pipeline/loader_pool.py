@@ -8,7 +8,6 @@ import os
 import pickle
 import select
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ import numpy as np
 from ..errors import RunError
 from ..storage.store import Store
 from .channel import BYTES, COUNTERS, MOST_PARTS, RANGE, RING_LENGTH, ROWS, SCATTER, Channel, ChannelRegion
+from .interpreter import module_command, module_environment
 from .loader import LoaderConfig
 from .slab import Slab, SlabPlan
 from .trace import ASK, WAIT, flow_of, recorder
@@ -332,10 +332,9 @@ def _spawn(config: LoaderConfig) -> subprocess.Popen:
     """A loader's process, with the descriptors that its settings name."""
     named = (config.slab_descriptor, config.wake_descriptor, config.done_descriptor, config.lifeline_descriptor)
     inherited = (*named, config.error_descriptor, *(() if config.trace_descriptor is None else (config.trace_descriptor,)))
-    # A new interpreter rather than multiprocessing's: users' scripts need no `if __name__ == "__main__"`.
     return subprocess.Popen(
-        [sys.executable, "-P", "-m", "inflash.pipeline.loader", config.to_json()],
+        module_command("pipeline.loader", config.to_json()),
         pass_fds=inherited,
         stdin=subprocess.DEVNULL,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+        env=module_environment(),
     )

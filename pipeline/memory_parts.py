@@ -15,7 +15,7 @@ from .host_memory import available_bytes, check_fits, program_bytes
 from .matrix_stream import MATRIX_BUFFERS
 from .options import EngineOptions
 from .plan import CACHED, RESIDENT, Plan, guessed_layers, head_block_rows, plan_from_options
-from .predictors import predictor_bytes
+from .predictors import predictor_memory_bytes
 from .staging import is_staged
 from .weights import compute_dtype, loaded_bytes
 
@@ -33,7 +33,7 @@ def memory_parts(store: Store, options: EngineOptions, plan: Plan) -> dict[str, 
         "attention and embeddings": loaded_bytes(store, compute, plan.streamed_names),
         "neurons": sum(plan.slots) * store.bundles.bundle_bytes,
         "buffers": buffer_bytes(store, plan),
-        "predictor": sum(predictor_bytes(store, name, compute, layers) for name, layers in predictors if name),
+        "predictor": sum(predictor_memory_bytes(store, name, compute, layers) for name, layers in predictors if name),
         "activations": activation_bytes(store, plan),
         "KV cache": kv_cache_bytes(store, plan.kv_positions),
         "program": program_bytes(plan.loaders),

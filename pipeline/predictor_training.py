@@ -30,7 +30,6 @@ import numpy as np
 
 from ..errors import InflashError
 from ..storage.json_files import read_json_object
-from ..storage.layout import neuron_bytes, resident_bytes
 from ..storage.predictor_layout import BY_NEURON, LOW_RANK, SIGN_BITS, PredictorInfo
 from ..storage.predictor_store import check_name, install_predictor, making_predictor, save_predictor_layer
 from ..storage.scratch import BitArray, WindowArray
@@ -285,7 +284,7 @@ class _Training:
             return 1
         config = self._store.config
         itemsize = self._store.bundles.row_bytes // config.d_model
-        weights = (resident_bytes(config, self._store.dtype) + neuron_bytes(config, self._store.dtype)) // itemsize
+        weights = self._store.num_bytes // itemsize
         each = config.d_model + config.d_ff
         spent = sum((fit["rank"] or 0) * each + config.d_ff for fit in self._progress["fits"][part][:layer])
         left = (self._options.most_share * weights - spent) / (config.num_layers - layer) - config.d_ff

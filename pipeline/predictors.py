@@ -36,13 +36,9 @@ class Predictor(Protocol):
     """Names the neurons that a layer's FFN needs.
 
     Attributes:
-      name: as in `EngineOptions.predictor`.
-      num_bytes: memory it holds.
       ahead: 0: it reads the layer's own FFN input; 1: that of the layer before (for the first layer, its own).
     """
 
-    name: str
-    num_bytes: int
     ahead: int
 
     def predict(self, layer: int, ffn_in: jax.Array) -> jax.Array:
@@ -53,8 +49,6 @@ class Predictor(Protocol):
 class AllNeurons:
     """Dense: every neuron, whatever the input."""
 
-    name = "none"
-    num_bytes = 0
     ahead = 0
 
     def __init__(self, d_ff: int) -> None:
@@ -67,13 +61,11 @@ class AllNeurons:
 class ExactPredictor:
     """The truth, from the up projection itself, which it keeps in memory: half of the neurons' bytes. For tests and comparisons."""
 
-    name = "exact"
     ahead = 0
 
     def __init__(self, weights: ModelWeights, up_rows: UpRows, layers: Sequence[int]) -> None:
         self._up = {layer: alias(up_rows(layer)) for layer in layers}
         self._bias = {layer: on_device(weights.up_bias[layer]) for layer in layers}
-        self.num_bytes = sum(up.nbytes for up in self._up.values())
 
     def predict(self, layer: int, ffn_in: jax.Array) -> jax.Array:
         return _predict_exact(ffn_in, self._up[layer], self._bias[layer])
@@ -83,7 +75,6 @@ class LayerPredictor:
     """One layer of a predictor, in memory.
 
     Attributes:
-      num_bytes: of its weights.
       threshold: neurons with a larger score are named.
       low_rank: two matrices; else sign bits.
       between: what is done between the matrices.
@@ -93,7 +84,6 @@ class LayerPredictor:
         """Takes the tensors of `predictor_specs`, neurons in the order of the store."""
         self.low_rank, self.between = info.kind == LOW_RANK, info.between
         self._weights = {name: alias(_usable(values)) for name, values in tensors.items()}
-        self.num_bytes = sum(array.nbytes for array in self._weights.values())
         self.threshold = float(self._weights["threshold"][0])
         self._operands = LowRank(**self._weights) if self.low_rank else None
 
@@ -122,9 +112,8 @@ class StoredPredictor:
     """
 
     def __init__(self, store: Store, name: str, layers: Sequence[int], *, verify: bool = False) -> None:
-        self.name, self.ahead = name, store.predictors[name].ahead
+        self.ahead = store.predictors[name].ahead
         self.layers = {layer: load_layer(store, name, layer, verify=verify) for layer in layers}
-        self.num_bytes = sum(layer.num_bytes for layer in self.layers.values())
 
     def predict(self, layer: int, ffn_in: jax.Array) -> jax.Array:
         return self.layers[layer].predict(ffn_in)
@@ -204,7 +193,7 @@ def choose_prefetch(store: Store, requested: str, predictor: str | None) -> str 
     return requested
 
 
-def predictor_bytes(store: Store, name: str, dtype: np.dtype, layers: Sequence[int]) -> int:
+def predictor_memory_bytes(store: Store, name: str, dtype: np.dtype, layers: Sequence[int]) -> int:
     """Memory that these layers of the predictor will hold."""
     config = store.config
     if name == "none":

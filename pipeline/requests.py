@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ..errors import InflashError
 from .outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
@@ -95,10 +95,17 @@ class Continuation:
             self.finish_reason, self.stop_reason = "stop", token_id
         elif token_id in self.end_ids and may_stop:
             self.finish_reason = "stop"
-        elif (matched := self.stream.push(token_id, may_stop=may_stop)) is not None:
+        elif (matched := self._add_text(token_id, may_stop=may_stop)) is not None:
             self.finish_reason, self.stop_reason = "stop", matched
         elif len(self.token_ids) >= self.most_tokens:
             self.finish_reason = "length"
+
+    def _add_text(self, token_id: int, *, may_stop: bool) -> str | None:
+        """The stop string that is complete now. A token that is only a part of a character has no text, the last part has all of it."""
+        matched = self.stream.push(token_id, may_stop=may_stop)
+        if self.logprobs and (place := self.logprobs[-1])[token_id].decoded_token is not None:
+            place[token_id] = replace(place[token_id], decoded_token=self.stream.piece)
+        return matched
 
     def fail(self, reason: str) -> None:
         """Ends it without another token, for a fault that is not the request's."""

@@ -4,6 +4,8 @@ import errno
 import fcntl
 import json
 import os
+import select
+import shutil
 import stat
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
@@ -15,6 +17,7 @@ from ..errors import InflashError
 
 LINE_START = b'{"id": "batch_req_'
 STANDARD_OUTPUT = Path("-")
+_LOOK_MS = 200  # how soon a stream that waits for its reader hears that it is to hurry
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
 
 
@@ -39,6 +42,9 @@ class Results(Protocol):
 
     def sync(self) -> None:
         """Puts what was flushed on the disk."""
+
+    def hurry(self) -> None:
+        """Has `flush` raise an `OSError` from now on rather than wait for a reader. Called from another thread."""
 
     def close(self) -> None:
         """Lets others have it."""
@@ -134,6 +140,9 @@ class ResultFile:
         del self._lines[: self._num_written]
         self._num_written = 0
 
+    def hurry(self) -> None:
+        """A disk has no readers to wait for."""
+
     def _go_back(self, size: int, num_written: int) -> None:
         self._size, self._num_written, self._ends_whole = size, num_written, False
         with suppress(OSError):  # now, so that readers find whole lines; else before the next line
@@ -160,7 +169,9 @@ class ResultStream:
         """Takes an open descriptor over."""
         self.name = name
         self._descriptor = descriptor
-        self._rest = bytearray()
+        self._poll = select.poll()
+        self._poll.register(descriptor, select.POLLOUT)
+        self._rest, self._hurried = bytearray(), False
         self.num_waiting = 0
 
     def append(self, line: bytes) -> None:
@@ -169,11 +180,19 @@ class ResultStream:
 
     def flush(self) -> None:
         while self._rest:
-            del self._rest[: os.write(self._descriptor, self._rest[: 1 << 16])]
+            if not self._poll.poll(_LOOK_MS):
+                if self._hurried:
+                    raise OSError(errno.EAGAIN, "nobody reads it")
+                continue
+            with suppress(BlockingIOError):  # who has the other end may have it not block
+                del self._rest[: os.write(self._descriptor, self._rest[: select.PIPE_BUF])]  # for so much there is room
         self.num_waiting = 0
 
     def sync(self) -> None:
         """There is nothing to wait for."""
+
+    def hurry(self) -> None:
+        self._hurried = True
 
     def close(self) -> None:
         if self._descriptor >= 0:
@@ -198,11 +217,12 @@ def open_results(path: Path) -> ResultFile | ResultStream:
 
 
 def replace_file(path: Path, content: Iterable[bytes]) -> None:
-    """Writes a file beside `path` and renames it, so that a reader or a crash finds the old content or the new one.
+    """Writes a file beside `path`, or what it links to, and renames it, so that a reader or a crash finds the old content or the new one.
 
     Raises:
       InflashError: if that is not possible.
     """
+    path = path.resolve()
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         try:
@@ -210,6 +230,8 @@ def replace_file(path: Path, content: Iterable[bytes]) -> None:
                 file.writelines(content)
                 file.flush()
                 os.fsync(file.fileno())
+            if path.exists():
+                shutil.copymode(path, aside)
             aside.replace(path)
         finally:
             aside.unlink(missing_ok=True)

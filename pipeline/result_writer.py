@@ -85,11 +85,13 @@ class ResultWriter:
         """Writes what there is, and ends. May be called again.
 
         Args:
-          hurry: do not wait for a disk that takes nothing.
+          hurry: do not wait for a disk or a reader that takes nothing.
 
         Raises:
           RunError, BrokenPipeError: as `write`.
         """
+        for place in self._places if hurry else ():
+            place.hurry()
         with self._changed:
             self._closing, self._hurried = True, self._hurried or hurry
             self._changed.notify_all()

@@ -1,6 +1,7 @@
 """One copy of a store a node, from a place that all nodes share: whoever comes first copies, the others wait."""
 
 import fcntl
+import glob
 import os
 import shutil
 from pathlib import Path
@@ -31,6 +32,8 @@ def local_copy(shared: str | Path, folder: str | Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / f".{shared.name}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
+            for left in folder.glob(f".{glob.escape(shared.name)}.*.tmp"):  # of who was killed: nobody else holds the lock
+                shutil.rmtree(left, ignore_errors=True)
             if not copy.exists():
                 aside = folder / f".{shared.name}.{os.getpid()}.tmp"
                 try:

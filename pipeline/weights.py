@@ -88,11 +88,6 @@ class ModelWeights:
     layers: list[dict[str, jax.Array]]
     up_bias: list[np.ndarray]
 
-    @property
-    def num_bytes(self) -> int:
-        groups = [self.embeddings, *self.layers]
-        return sum(array.nbytes for group in groups for array in group.values()) + sum(b.nbytes for b in self.up_bias)
-
 
 Skip = Callable[[int | None], frozenset[str]]
 """Names the tensors of a layer (None: the embeddings) that are not loaded."""

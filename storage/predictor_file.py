@@ -15,11 +15,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from ..errors import InflashError, RunError
-from .checksum import crc32c
 from .layout import DTYPES, TensorSpec
 from .model_config import ModelConfig
 from .predictor_layout import PredictorInfo, predictor_specs
 from .predictor_store import load_predictor_layer
+from .resident import checksum_of
 from .store import Store
 from .weight_files import SafetensorsFile
 
@@ -52,7 +52,7 @@ def write_predictor_file(store: Store, name: str, path: Path) -> None:
     document = {
         **store.predictors[name].to_json(),
         **_sizes(store.config),
-        "checksums": {key: _checksum(values) for key, values in tensors.items()},
+        "checksums": {key: checksum_of(values) for key, values in tensors.items()},
     }
     _save(tensors, {METADATA_KEY: json.dumps(document)}, path)
 
@@ -157,7 +157,7 @@ def _read_layer(
     for spec in specs:
         name = _tensor_name(layer, spec.name)
         values = file.read(name, (slice(None),) * len(spec.shape))
-        if (found := _checksum(values)) != checksums[name]:
+        if (found := checksum_of(values)) != checksums[name]:
             raise InflashError(f"{file.path}: tensor {name}: expected checksum {checksums[name]}, found {found}; {_AGAIN}")
         tensors[spec.name] = values
     return tensors
@@ -165,11 +165,6 @@ def _read_layer(
 
 def _tensor_name(layer: int, name: str) -> str:
     return f"layer_{layer}.{name}"
-
-
-def _checksum(values: np.ndarray) -> str:
-    """CRC32C in hexadecimal of a tensor's bytes."""
-    return f"{crc32c(np.ascontiguousarray(values).reshape(-1).view(np.uint8)):08x}"
 
 
 def _sizes(config: ModelConfig) -> dict[str, int]:

@@ -47,7 +47,7 @@ def open_raw_array(folder: Path) -> RawArray:
       InflashError: the metadata is missing or describes another layout, or the shard is missing, torn or has a damaged index.
     """
     metadata = _read_metadata(folder)
-    shape = tuple(metadata["shape"])
+    shape = metadata["shape"]
     chunk_rows, index_first = _inner_chunks(folder, metadata, shape)
     num_chunks = -(-shape[0] // chunk_rows)
     file = folder.joinpath("c", *("0" for _ in shape))
@@ -80,7 +80,10 @@ def _read_metadata(folder: Path) -> dict[str, Any]:
         metadata = json.loads((folder / "zarr.json").read_bytes())
         if metadata["node_type"] != "array" or metadata["data_type"] not in _ITEM_BYTES:
             raise ValueError(f"found {metadata['node_type']} of {metadata.get('data_type')}")
-        return metadata
+        shape = tuple(metadata["shape"])
+        if not shape or not all(isinstance(size, int) and size > 0 for size in shape):
+            raise ValueError(f"found shape {metadata['shape']}")
+        return metadata | {"shape": shape}
     except FileNotFoundError as error:
         raise InflashError(f"{folder}: expected a Zarr array, found no zarr.json; is the store whole?") from error
     except (ValueError, KeyError, TypeError) as error:

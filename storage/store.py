@@ -3,6 +3,7 @@
 A store is written under a temporary name beside its destination and renamed when everything in it is on disk.
 """
 
+import glob
 import os
 import shutil
 from collections.abc import Iterable, Iterator
@@ -245,9 +246,9 @@ def writing_store(destination: Path, config: ModelConfig, dtype: str, source: st
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def remove_leftovers(destination: Path) -> None:
-    """Deletes what killed conversions to the same destination have left; a living one is left alone."""
-    for path in destination.absolute().parent.glob(f".{destination.name}.partial-*"):
+def remove_leftovers(destination: Path, kind: str = "partial") -> None:
+    """Deletes what killed processes have left beside the destination, such as conversions to it; what a living one makes is left alone."""
+    for path in destination.absolute().parent.glob(f".{glob.escape(destination.name)}.{kind}-*"):
         process = path.name.rpartition("-")[2]
         if process.isdigit() and not Path("/proc", process).exists():
             shutil.rmtree(path, ignore_errors=True)

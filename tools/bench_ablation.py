@@ -15,7 +15,7 @@ from typing import Any
 
 from ..errors import InflashError, RunError
 from ..storage.split_rows import split_rows
-from ..storage.store import Store, open_store
+from ..storage.store import Store, open_store, remove_leftovers
 from .memory_group import MemoryGroup, NoCgroup, memory_group
 from .progress import bytes_bar, progress_bar
 from .row_process import running_row
@@ -118,7 +118,9 @@ def _split_copy(stack: contextlib.ExitStack, store: Store, arguments: argparse.N
     """A copy of the neurons without bundles beside the model, for as long as the rows run that need it."""
     if not set(rows) & set(_UNBUNDLED):
         return None
-    folder = (arguments.scratch or store.path.absolute().parent) / f".{store.path.name}.split-{os.getpid()}"
+    beside = (arguments.scratch or store.path.absolute().parent) / store.path.name
+    remove_leftovers(beside, "split")
+    folder = beside.with_name(f".{beside.name}.split-{os.getpid()}")
     with bytes_bar(store.config.num_layers * store.bundles.layer_bytes, "copying without bundles") as bar:
         return stack.enter_context(split_rows(store, folder, bar.update))
 

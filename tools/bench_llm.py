@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import InflashError
-from ..storage.layout import neuron_bytes, resident_bytes, resident_layers, resident_specs
+from ..storage.layout import resident_layers, resident_specs
 from ..storage.store import Store, open_store
 from . import arguments as flags
 from .progress import progress_bar
@@ -150,10 +150,13 @@ class _Measurement:
         """What `prepare` would refuse for the last test, before the others are measured."""
         from ..pipeline.fixed_shapes import capacity_for
         from ..pipeline.host_memory import check_fits
+        from ..pipeline.memory_parts import kv_cache_bytes
 
-        config, capacity = self._engine.config, capacity_for(longest)
-        kv_bytes = 2 * config.num_layers * self._num_seqs * capacity * config.d_model * 4
-        check_fits({f"KV cache of {self._num_seqs} x {capacity} tokens": kv_bytes}, "use a smaller -b, or shorter tests")
+        capacity = capacity_for(longest)
+        needed = {
+            f"KV cache of {self._num_seqs} x {capacity} tokens": kv_cache_bytes(self._engine.store, self._num_seqs * capacity)
+        }
+        check_fits(needed, "use a smaller -b, or shorter tests")
 
     def _repeated(self, test: SpeedTest) -> list[float]:
         self._show(test, "preparing")
@@ -201,7 +204,7 @@ def _document(store: Store, engine: "Engine", tests: Sequence[SpeedTest], sample
     options = engine.options
     return {
         "model": str(store.path),
-        "size_bytes": resident_bytes(store.config, store.dtype) + neuron_bytes(store.config, store.dtype),
+        "size_bytes": store.num_bytes,
         "parameters": _parameters(store),
         "dtype": store.dtype,
         "ffn": options.ffn,

@@ -29,8 +29,8 @@ from .table import table
 SIZES = (4 << 10, 8 << 10, 16 << 10, 32 << 10, 128 << 10, 1 << 20)
 DEPTHS = (1, 16, 128)
 WIDTHS = {1: (256, 2048, 4096), 8: (256, 2048)}
-"""d_model of the kernels, by batch; d_ff is four times as much. Beyond the widest, time is in proportion to bytes: with eight sequences, who
-compute more than they read, that holds from half the width on."""
+"""d_model of the kernels, by batch; d_ff is four times as much. Beyond the widest, time is in proportion to bytes: with eight sequences,
+who compute more than they read, that holds from half the width on."""
 BATCHES = tuple(WIDTHS)
 _TOLD = (1 << 20, 8 << 20, 64 << 20)
 _BUNDLE_BYTES, _FILE_MIB, _FEW_MIB = 8 << 10, 384, 64

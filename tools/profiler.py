@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InflashError
+from ..pipeline.interpreter import module_command, module_environment
 from ..pipeline.live import LiveCounters, LiveReader
 from ..pipeline.step_times import StepTimes
 from ..pipeline.trace_area import TraceArea
@@ -130,6 +131,7 @@ class Watch:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(SAMPLE_EVERY_S)
                 self.look()
+        self._reader = None
         self.code, ended = process.returncode, os.times()
         self.own_cpu_s = ended.user - began.user + ended.system - began.system
         return self.code
@@ -139,10 +141,10 @@ class Watch:
         how = {"descriptor": self.area.descriptor, "jax_trace": str(jax_trace) if jax_trace else None, "words": words}
         self.origin_ns = time.perf_counter_ns()
         return subprocess.Popen(
-            [sys.executable, "-P", "-m", "inflash.tools.profiled_run", json.dumps(how)],
+            module_command("tools.profiled_run", json.dumps(how)),
             pass_fds=(self.area.descriptor,),
             process_group=0,  # a terminal's Ctrl-C comes once, from here
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+            env=module_environment(),
             **options,
         )
 
@@ -161,6 +163,10 @@ class Watch:
                 self.about = self._reader.about
         if self._reader is not None:
             self.counters = self._reader.read()
+            if (
+                self._reader.ended
+            ):  # all that the engine held is kept for as long as somebody looks; there may be another one soon
+                self._reader = None
         return self.counters.times if self.counters else None
 
 

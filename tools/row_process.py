@@ -8,13 +8,13 @@ import json
 import os
 import select
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from ..errors import InflashError
+from ..pipeline.interpreter import module_command, module_environment
 from .memory_group import MemoryGroup
 
 ALLOWANCE_BYTES = 64 << 20
@@ -35,7 +35,7 @@ class RowProcess:
     def __init__(self, command: Sequence[str], group: MemoryGroup | None = None) -> None:
         self.group = group
         whole = group.wrap(command) if group else list(command)
-        self._process = subprocess.Popen(whole, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self._process = subprocess.Popen(whole, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=module_environment())
         self._unread, self._leaving = b"", False
 
     def tell(self, line: str) -> None:
@@ -105,7 +105,7 @@ def running_row(module: str, config: dict[str, Any], group: MemoryGroup | None) 
     with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
         json.dump(config, file)
         file.flush()
-        row = RowProcess([sys.executable, "-P", "-m", f"inflash.tools.{module}", file.name], group)
+        row = RowProcess(module_command(f"tools.{module}", file.name), group)
         try:
             yield row
         finally:

@@ -101,8 +101,8 @@ def _run_checked(
     finished = _finished(arguments, outputs, batch, state)
     counts = {"completed": int(np.sum(finished == SUCCEEDED)), "failed": int(np.sum(finished == UNSUCCESSFUL))}
     state.job = replace(state.job, **counts)
-    outputs.begin(resume=arguments.resume and outputs.resumable)
     if np.all(finished != OPEN):  # there is nothing to load a model for
+        outputs.begin(resume=True)
         state.now("completed")
         _report(arguments, state.job, {**StepTimes().summary(), "predicted": None})
         return DONE
@@ -124,7 +124,7 @@ def _finished(arguments: argparse.Namespace, outputs: BatchOutputs, batch: Batch
     """What earlier runs have answered, as `BatchOutputs.finished` says it."""
     if outputs.fresh or not arguments.resume or not outputs.resumable:
         return np.full(len(batch), OPEN, np.int8)
-    state.job = resumed_job(state.job, arguments.output_file)
+    state.job = resumed_job(state.job, arguments.output_file, outputs.held)
     finished = outputs.finished(batch)
     if arguments.retry_failed:
         outputs.drop_unsuccessful()
@@ -151,6 +151,9 @@ def _run_job(
                 running.completed, running.failed = state.job.completed, state.job.failed
                 with progress_bar(total=int(np.sum(finished == OPEN)), unit="request", desc="measuring", delay=2) as bar:
                     size = running.measure(bar.update)
+                outputs.begin(
+                    resume=arguments.resume and outputs.resumable
+                )  # only now: what is to be overwritten may be all there is
                 state.now("in_progress", **counts())
                 _answer(arguments, running, size, state, stop)
                 if running.draining and not writer.ready:

@@ -4,6 +4,7 @@ Figures are of the time between two looks, from counters that every engine keeps
 """
 
 import argparse
+import contextlib
 import os
 import sys
 import time
@@ -16,6 +17,7 @@ from .amounts import rate_text, size_text
 from .process_sampler import ProcessSample, look_at, pss_bytes
 
 _BAR = 46
+_OPENING_S = 20.0  # for a process to open its next engine
 _FIELDS = ("time", "tokens/s", "step ms", "I/O wait", "memory", "compute", "hits", "read", "under way", "CPU", "PSS")
 
 
@@ -50,7 +52,13 @@ def _watch(reader: LiveReader, interval_s: float, count: int | None) -> int:
     while count is None or looks < count:
         time.sleep(interval_s)
         now = _look(reader)
-        if now is None:
+        if reader.ended and now is not None:
+            if (following := _following(reader.pid)) is None:
+                print(f"process {reader.pid} has closed its engine")
+                return 0
+            reader, now = following, _look(following)
+            before = now
+        if now is None or before is None:
             print(f"process {reader.pid} has ended")
             return 0
         change = Change(before, now)
@@ -62,6 +70,16 @@ def _watch(reader: LiveReader, interval_s: float, count: int | None) -> int:
             print("  ".join(f"{cell:>9}" for cell in change.line()), flush=True)
         before, looks = now, looks + 1
     return 0
+
+
+def _following(pid: int) -> LiveReader | None:
+    """The next engine of a process that has closed one: requests that need more room make it open another."""
+    end = time.monotonic() + _OPENING_S
+    while time.monotonic() < end and look_at(pid) is not None:
+        with contextlib.suppress(InflashError):
+            return LiveReader(pid)
+        time.sleep(0.1)
+    return None
 
 
 def _look(reader: LiveReader) -> Look | None:

@@ -95,6 +95,12 @@ def test_settings_are_compared_as_json_keeps_them(path):
     assert resumed_job(job_of(path, settings={"stop": ["a", "b"]}), path).total == 4
 
 
+def test_an_error_file_of_another_job_is_named(path, tmp_path):
+    """Nothing is wrong with the output, so nobody should be told to overwrite it."""
+    with pytest.raises(InflashError, match=r"result file .*err\.jsonl holds results, but .*; choose another error file, or"):
+        resumed_job(job_of(path), path, tmp_path / "err.jsonl")
+
+
 @pytest.mark.parametrize("content", [None, "", "[]", "{}", '{"request_counts": 3}', '{"id": 1, "settings": 3}'])
 def test_results_that_nobody_knows_the_origin_of_are_not_added_to(path, content):
     if content is not None:

@@ -39,11 +39,11 @@ def test_a_success_has_the_completion_object_s_form():
 
 
 def test_refused_and_failed_lines_say_whose_fault_it_was():
-    refused = refused_line("a", "too long", param="prompt", code="context_length_exceeded")
+    refused = refused_line("a", "too long", param="prompt")
     assert refused["error"] is None
     assert refused["response"]["status_code"] == 400
     assert refused["response"]["body"] == {
-        "error": {"message": "too long", "type": "invalid_request_error", "param": "prompt", "code": "context_length_exceeded"}
+        "error": {"message": "too long", "type": "invalid_request_error", "param": "prompt", "code": None}
     }
     failed = failed_line("b", "loader_died", "loader 1 was killed")
     assert failed["response"] is None

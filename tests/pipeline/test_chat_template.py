@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -90,7 +91,9 @@ def test_an_endless_template_is_stopped_and_in_the_end_given_up(opened, monkeypa
     (tmp_path / "impatient.py").write_text(
         "from inflash.pipeline import chat_renderer\nchat_renderer.RENDER_S = 0.3\nchat_renderer.main()\n"
     )
-    monkeypatch.setattr(chat_template, "RENDERER", ("-c", f"exec(open({str(tmp_path / 'impatient.py')!r}).read())"))
+    monkeypatch.setattr(
+        chat_template, "RENDERER", (sys.executable, "-P", "-c", f"exec(open({str(tmp_path / 'impatient.py')!r}).read())")
+    )
     endless = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
     template = opened("{% if messages[0].content == 'loop' %}" + endless + "{% elif messages[0].content == 'power' %}"
                       "{{ 7 ** (7 ** (9 * messages|length)) }}{% else %}good{% endif %}")  # fmt: skip
@@ -118,6 +121,16 @@ def test_a_dead_process_is_noticed_and_replaced(opened) -> None:
     with pytest.raises(InflashError, match="it was stopped"):
         template.render(MESSAGES)
     assert template.render(MESSAGES).endswith("assistant\n")
+
+
+def test_a_process_that_takes_nothing_is_given_up(opened, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A template larger than a pipe holds, for a process that does not read."""
+    monkeypatch.setattr(chat_template, "RENDERER", [sys.executable, "-c", "import time; time.sleep(60)"])
+    monkeypatch.setattr(chat_template, "_START_S", 0.5)
+    began = time.monotonic()
+    with pytest.raises(ChatTemplateError, match="cannot be compiled in time"):
+        opened("{# " + "x" * (1 << 20) + " #}").render(MESSAGES)
+    assert time.monotonic() - began < 20
 
 
 def folder_with(folder: Path, config: Any = None, template: str | bytes | None = None) -> Path:

@@ -24,7 +24,7 @@ def test_an_engine_shows_its_counters_from_outside(tmp_path: Path) -> None:
     with Engine(store, EngineOptions(loaders=2, cache_neurons=0.1)) as engine:
         engine.prepare(1, 64)
         reader = LiveReader(os.getpid())
-        assert reader.read().times == StepTimes()
+        assert reader.read().times == StepTimes() and not reader.ended
         engine.process_prompts([(0, np.arange(5, dtype=np.int32))])
         for position in range(5, 9):
             engine.decode(np.array([position], np.int32), np.array([position], np.int32), np.ones(1, bool))
@@ -40,7 +40,7 @@ def test_an_engine_shows_its_counters_from_outside(tmp_path: Path) -> None:
         assert totals == {"bytes": engine.pool.bytes_requested, "reads": engine.pool.counters()["reads"], "under_way": 0}
         assert reader.about["options"]["cache_neurons"] == 0.1 and reader.about["predictor"] == "planted"
         assert os.getpid() in running_engines()
-    assert reader.read().times == found.times  # also when the engine is gone
+    assert reader.read().times == found.times and reader.ended  # also when the engine is gone
     with pytest.raises(InflashError, match=f"process {os.getpid()}: expected a running inflash engine, found none"):
         LiveReader(os.getpid())
 

@@ -213,6 +213,8 @@ def test_logprobs_are_the_models(llm: LLM) -> None:
             assert found.logprob == pytest.approx(row[token], abs=1e-4)
             assert found.rank == 1 + int((row > row[token]).sum())
             assert found.decoded_token is not None
+    pieces = [place[token].decoded_token or "" for place, token in zip(output.logprobs, output.token_ids, strict=True)]
+    assert "".join(pieces) == output.text  # a token may be a part of a character
     total = sum(row[chosen] for row, chosen in zip(expected, output.token_ids, strict=True))
     assert output.cumulative_logprob == pytest.approx(total, abs=1e-3)
     assert none.outputs[0].logprobs is not None

@@ -11,7 +11,7 @@ import pytest
 
 from inflash.errors import InflashError
 from inflash.pipeline.batch_results import failed_line, refused_line
-from inflash.pipeline.result_file import ResultFile, ResultStream, open_results
+from inflash.pipeline.result_file import ResultFile, ResultStream, open_results, replace_file
 
 
 def line(custom_id: str, *, succeeded: bool = True) -> bytes:
@@ -242,3 +242,14 @@ def test_what_is_no_file_is_written_as_a_stream():
     assert isinstance(stream, ResultStream)
     write(stream, line("a"))
     stream.close()
+
+
+def test_a_file_that_is_replaced_stays_where_a_link_leads_and_keeps_its_mode(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    real, link = tmp_path / "disk" / "out.jsonl", tmp_path / "out.jsonl"
+    real.write_bytes(b"old")
+    real.chmod(0o640)
+    link.symlink_to(real)
+    replace_file(link, [b"new"])
+    assert link.is_symlink() and real.read_bytes() == b"new" and real.stat().st_mode & 0o777 == 0o640
+    assert [entry.name for entry in real.parent.iterdir()] == ["out.jsonl"]

@@ -1,5 +1,6 @@
 import errno
 import json
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -11,7 +12,7 @@ import pytest
 from inflash.errors import RunError
 from inflash.pipeline import result_writer
 from inflash.pipeline.batch_results import failed_line
-from inflash.pipeline.result_file import ResultFile
+from inflash.pipeline.result_file import ResultFile, ResultStream
 from inflash.pipeline.result_writer import MOST_WAITING, ResultWriter
 
 WAIT_S = 20
@@ -183,3 +184,39 @@ def test_a_reader_that_left_ends_the_run(path):
         writer.write(line("a"))
         until(lambda: not writer._thread.is_alive())
         writer.write(line("b"))
+
+
+def test_who_hurries_does_not_wait_for_a_reader_that_stalls():
+    read, write = os.pipe()
+    try:
+        writer = ResultWriter(ResultStream(write, "a pipe"))
+        for number in range(2000):  # more than a pipe holds
+            writer.write(line(str(number)))
+        until(lambda: not writer._queue)
+        began = time.monotonic()
+        with pytest.raises(RunError, match=r"a pipe cannot be written: nobody reads it; \d+ finished results may be lost"):
+            writer.close(hurry=True)
+        assert time.monotonic() - began < WAIT_S
+    finally:
+        os.close(read)
+
+
+def test_a_pipe_that_does_not_block_is_waited_for(tmp_path: Path):
+    """As the other end may have made it: standard output is shared with whoever started the command."""
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    found = bytearray()
+
+    def take() -> None:
+        while part := os.read(read, 1000):
+            found.extend(part)
+            time.sleep(0.001)
+
+    reader = threading.Thread(target=take)
+    reader.start()
+    with ResultWriter(ResultStream(write, "a pipe"), pause_limit_s=0) as writer:
+        for number in range(1000):
+            writer.write(line(str(number)))
+    reader.join(WAIT_S)
+    os.close(read)
+    assert [json.loads(each)["custom_id"] for each in bytes(found).splitlines()] == [str(number) for number in range(1000)]

@@ -53,6 +53,15 @@ def test_an_interrupted_copy_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert content(local_copy(store.path, tmp_path / "node")) == content(store.path)
 
 
+def test_what_a_killed_copy_left_is_removed(tmp_path: Path) -> None:
+    store, _ = write_neurons(tmp_path / "store")
+    for left in (".store.4711.tmp", ".store.4712.tmp"):
+        (tmp_path / "node" / left).mkdir(parents=True)
+        (tmp_path / "node" / left / "half").write_bytes(b"x")
+    local_copy(store.path, tmp_path / "node")
+    assert sorted(entry.name for entry in (tmp_path / "node").iterdir()) == [".store.lock", "store"]
+
+
 def test_another_store_of_the_same_name_is_not_taken_for_it(tmp_path: Path) -> None:
     for name in "ab":
         (tmp_path / name).mkdir()

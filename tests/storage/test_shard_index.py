@@ -109,7 +109,12 @@ def test_a_missing_shard(folder: Path) -> None:
         open_raw_array(folder)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b'{"node_type": "group"}', b"\xff"])
+@pytest.mark.parametrize(
+    "content", [
+        b"", b"{", b"[]", b"{}", b'{"node_type": "group"}', b"\xff", b'{"node_type": "array", "data_type": "uint8"}',
+        *(b'{"node_type": "array", "data_type": "uint8", "shape": %b}' % shape for shape in (b"3", b"[]", b'["a"]', b"[-1]", b"null")),
+    ],
+)  # fmt: skip
 def test_damaged_metadata(folder: Path, content: bytes) -> None:
     (folder / "zarr.json").write_bytes(content)
     with pytest.raises(InflashError, match=r"zarr\.json: expected the metadata of a numeric Zarr array"):

@@ -201,3 +201,7 @@ with writing_store(Path({str(tmp_path)!r}) / "store", model_config(), "float32",
         (tmp_path / name).mkdir()
     remove_leftovers(tmp_path / "store")
     assert {path.name for path in tmp_path.iterdir()} == set(others)
+    for name in (".store.split-999999999", f".store.split-{os.getpid()}"):
+        (tmp_path / name).mkdir()
+    remove_leftovers(tmp_path / "store", "split")
+    assert {path.name for path in tmp_path.iterdir()} == {*others, f".store.split-{os.getpid()}"}

@@ -1,7 +1,9 @@
 """What a bench hears of a row in a process of its own, and that no row can hold it up."""
 
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -29,6 +31,16 @@ def test_lines_are_answers_however_they_come(start: Callable[[str], RowProcess])
     assert row.answer("ready", lambda: steps.append(1)) is True and len(steps) == 2
     assert (row.answer("turn"), row.answer("result")) == ("go", 7)
     assert row.memory() == {"peak_bytes": None, "limited": False}
+
+
+def test_a_row_finds_modules_where_the_bench_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where nothing is installed, and the bench runs from a source tree."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    row = RowProcess([sys.executable, "-P", "-c", "import json, sys; print(json.dumps({'result': sys.path}))"])
+    try:
+        assert str(tmp_path) in row.answer("result")
+    finally:
+        row.close()
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,8 @@ from safetensors.numpy import load_file, save_file
 from tiny_models import BUFFERED, FIRST_BYTE, convert_quietly, make_store
 
 from inflash import LLM, SamplingParams
+from inflash.errors import InflashError
+from inflash.pipeline.chat_template import ChatTemplate
 from inflash.pipeline.device import assumed_device
 from inflash.pipeline.hit_curves import assumed_curves
 from inflash.pipeline.options import EngineOptions
@@ -112,6 +114,38 @@ def test_a_finished_job_is_kept_and_not_mixed_with_another(store: Store, tmp_pat
     assert "out.jsonl is being written by another run" in capsys.readouterr().err
     assert (tmp_path / "out.jsonl").read_bytes() == before
     assert job(tmp_path).status == "completed"
+
+
+def test_old_results_stay_until_there_can_be_new_ones(store: Store, tmp_path: Path, capsys) -> None:
+    write_requests(tmp_path / "in.jsonl", completions([[5, 6], [7]], max_tokens=3))
+    assert cli.main(command(tmp_path, store)) == 0
+    before = (tmp_path / "out.jsonl").read_bytes()
+    assert cli.main(command(tmp_path, store, "--no-resume", "--memory", "1MiB")) == 2
+    assert "memory: " in capsys.readouterr().err
+    assert (tmp_path / "out.jsonl").read_bytes() == before
+    assert cli.main(command(tmp_path, store, "--no-resume")) == 0
+    assert answers(tmp_path).keys() == {"r0", "r1"} and (tmp_path / "out.jsonl").read_bytes() != before
+
+
+def test_a_chat_that_cannot_be_rendered_at_its_turn_is_refused_alone(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, seen = ChatTemplate.render, []
+
+    def render(self: ChatTemplate, messages: Any) -> str:
+        seen.append(messages[0]["content"])
+        if seen.count("fragile") == 2:
+            raise InflashError("the chat template does not end on these messages; it was stopped")
+        return real(self, messages)
+
+    monkeypatch.setattr(ChatTemplate, "render", render)
+    bodies = [{"messages": [{"role": "user", "content": content}], "max_tokens": 2} for content in ("Hi", "fragile", "Ho")]
+    write_requests(tmp_path / "in.jsonl", bodies, CHATS)
+    assert cli.main(command(tmp_path, store)) == 0
+    found = answers(tmp_path)
+    assert found["r1"]["response"]["status_code"] == 400
+    assert "does not end on these" in found["r1"]["response"]["body"]["error"]["message"]
+    assert [found[name]["response"]["status_code"] for name in ("r0", "r2")] == [200, 200]
 
 
 def test_chats_are_answered_and_a_message_cannot_end_its_turn(store: Store, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from synthetic_stores import synthetic_store
 
 from inflash.pipeline.channel import COUNTERS
 from inflash.pipeline.engine import Engine
-from inflash.pipeline.live import LiveCounters
+from inflash.pipeline.live import LiveCounters, LivePage
 from inflash.pipeline.options import EngineOptions
 from inflash.pipeline.step_times import StepTimes
 from inflash.tools import cli, top
@@ -43,6 +44,31 @@ def decoding(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
         yield engine
         stop.set()
         thread.join()
+
+
+def test_the_next_engine_of_a_process_is_followed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Longer requests make a process open another engine; whoever looks must let the first one's memory go."""
+    slab, opened = os.memfd_create("inflash-slab"), threading.Event()
+    os.ftruncate(slab, 4096)
+    pages = [LivePage({"model": "first"}, slab, [])]
+
+    def change() -> None:
+        time.sleep(0.5)
+        pages[0].close()
+        time.sleep(0.3)
+        pages.append(LivePage({"model": "second"}, slab, []))
+        opened.set()
+
+    thread = threading.Thread(target=change)
+    thread.start()
+    try:
+        assert cli.main(["top", str(os.getpid()), "--interval", "0.2", "--count", "6"]) == 0
+    finally:
+        thread.join()
+        for page in pages:
+            page.close()
+        os.close(slab)
+    assert opened.is_set() and len(capsys.readouterr().out.splitlines()) == 8
 
 
 def test_lines_for_a_file(decoding: Engine, capsys: pytest.CaptureFixture[str]) -> None:
