@@ -134,10 +134,12 @@ template <class Format>
 void linear_many(ffi::ThreadPool& pool, const float* x, const typename Format::Element* weight, const float* bias, float* out, int64_t batch,
                  int64_t num_rows, int64_t width) {
   const auto row = [=](int64_t n) { return weight + n * width; };
-  const auto use = [=](int64_t n, const float* sums) {
-    for (int64_t b = 0; b < batch; ++b) out[b * num_rows + n] = sums[b] + (bias ? bias[n] : 0.0f);
+  const auto use = [=](int64_t first, int64_t count, const float* sums, int64_t stride) {  // some of each vector's results at a time
+    for (int64_t b = 0; b < batch; ++b)
+      for (int64_t n = 0; n < count; ++n) out[b * num_rows + first + n] = sums[n * stride + b] + (bias ? bias[first + n] : 0.0f);
   };
-  run(pool, {dot_many<Format>(num_rows, width, side_by_side<Format>(x, batch, width), batch, row, use)});
+  float* packed = panels_for(batch, width);
+  run(pool, {side_by_side<Format>(x, batch, width, packed), dot_many<Format>(num_rows, width, packed, batch, row, use)});
 }
 
 // `add_neurons` for any number of sequences: every row for all of them.
@@ -149,15 +151,18 @@ void add_neurons_many(ffi::ThreadPool& pool, const Neurons<typename Format::Elem
   const auto row = [&](const auto* first, int64_t i) { return first + (neurons.slots ? neurons.slots[i] : i) * neurons.apart; };
   const auto up = [&](int64_t i) { return row(neurons.up, i); };
   const auto down = [&](int64_t i) { return row(neurons.down, i); };
-  const auto activate = [&](int64_t i, const float* sums) {
-    const int64_t id = neurons.ids ? std::clamp<int64_t>(neurons.ids[i], 0, neurons.num_neurons - 1) : i;
-    for (int64_t b = 0; b < batch; ++b) {
-      const float sum = sums[b] + neurons.bias[id];
-      const bool silent = sum < 0 || (neurons.predicted && !neurons.predicted[b * neurons.num_neurons + id]);
-      hidden[b * count + i] = silent ? 0.0f : Format::rounded(sum);
-    }
+  const auto activate = [&](int64_t first, int64_t number, const float* sums, int64_t stride) {
+    for (int64_t b = 0; b < batch; ++b)
+      for (int64_t n = 0; n < number; ++n) {
+        const int64_t i = first + n, id = neurons.ids ? std::clamp<int64_t>(neurons.ids[i], 0, neurons.num_neurons - 1) : i;
+        const float sum = sums[n * stride + b] + neurons.bias[id];
+        const bool silent = sum < 0 || (neurons.predicted && !neurons.predicted[b * neurons.num_neurons + id]);
+        hidden[b * count + i] = silent ? 0.0f : Format::rounded(sum);
+      }
   };
-  run(pool, {dot_many<Format>(count, width, side_by_side<Format>(x, batch, width), batch, up, activate),
+  float* packed = panels_for(batch, width);
+  run(pool, {side_by_side<Format>(x, batch, width, packed),
+             dot_many<Format>(count, width, packed, batch, up, activate),
              mix_many<Format>(count, width, hidden, batch, down, accumulator, out)});
 }
 

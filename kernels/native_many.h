@@ -42,20 +42,26 @@ inline void multiply_rows(int64_t count, const float* rows, int64_t stride, cons
   for (; n < count; ++n) multiply<1>(rows + n * stride, stride, panel, depth, sums + n * sums_stride, sums_stride);
 }
 
-// x [batch, width] as panels [panels, width, kPanel] of the format's precision; vectors beyond the batch are zeros.
+// Puts x [batch, width] side by side: packed [panels, width, kPanel] of the format's precision; vectors beyond the batch are zeros.
 template <class Format>
-const float* side_by_side(const float* x, int64_t batch, int64_t width) {
-  float* packed = scratch<float, 6>(panels(batch) * width * kPanel);
-  for (int64_t p = 0; p < panels(batch); ++p)
-    for (int64_t k = 0; k < width; ++k)
+Phase side_by_side(const float* x, int64_t batch, int64_t width, float* packed) {
+  constexpr int64_t kPiece = kLineBytes / sizeof(float);  // of each vector in turn, as vectors begin where caches keep little of each
+  const int64_t pieces = (width + kPiece - 1) / kPiece, most = std::max<int64_t>(1, pieces / 4);
+  const int64_t parts = (pieces + most - 1) / most;
+  return {panels(batch) * parts, [=](int64_t chunk) {
+    const int64_t p = chunk / parts, stop = std::min(width, (chunk % parts + 1) * most * kPiece);
+    for (int64_t from = chunk % parts * most * kPiece; from < stop; from += kPiece)
       for (int64_t j = 0; j < kPanel; ++j) {
-        const int64_t b = p * kPanel + j;
-        packed[(p * width + k) * kPanel + j] = b < batch ? Format::rounded(x[b * width + k]) : 0.0f;
+        const int64_t b = p * kPanel + j, to = std::min(stop, from + kPiece);
+        for (int64_t k = from; k < to; ++k) packed[(p * width + k) * kPanel + j] = b < batch ? Format::rounded(x[b * width + k]) : 0.0f;
       }
-  return packed;
+  }};
 }
 
-// Calls use(n, sums [B]) with the products of all vectors (`side_by_side`) and row(n), for all rows.
+// Room for vectors side by side.
+inline float* panels_for(int64_t batch, int64_t width) { return scratch<float, 6>(panels(batch) * width * kPanel); }
+
+// Calls use(first, count, sums, stride) with the products of all vectors (`side_by_side`) and some rows: sums[(n - first) * stride + b].
 template <class Format, class Row, class Use>
 Phase dot_many(int64_t num_rows, int64_t width, const float* packed, int64_t batch, const Row& row, const Use& use) {
   const int64_t stride = panels(batch) * kPanel;
@@ -73,7 +79,7 @@ Phase dot_many(int64_t num_rows, int64_t width, const float* packed, int64_t bat
       for (int64_t p = 0; p < panels(batch); ++p)
         multiply_rows(count, wide, kDepth, packed + (p * width + from) * kPanel, depth, sums + p * kPanel, stride);
     }
-    for (int64_t n = 0; n < count; ++n) use(start + n, sums + n * stride);
+    use(start, count, sums, stride);
   }};
 }
 
