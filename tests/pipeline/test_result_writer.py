@@ -192,7 +192,7 @@ def test_who_hurries_does_not_wait_for_a_reader_that_stalls():
         writer = ResultWriter(ResultStream(write, "a pipe"))
         for number in range(2000):  # more than a pipe holds
             writer.write(line(str(number)))
-        until(lambda: not writer._queue)
+        until(lambda: not writer.ready)
         began = time.monotonic()
         with pytest.raises(RunError, match=r"a pipe cannot be written: nobody reads it; \d+ finished results may be lost"):
             writer.close(hurry=True)

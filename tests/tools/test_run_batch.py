@@ -134,7 +134,7 @@ def test_a_chat_that_cannot_be_rendered_at_its_turn_is_refused_alone(
 
     def render(self: ChatTemplate, messages: Any) -> str:
         seen.append(messages[0]["content"])
-        if seen.count("fragile") == 2:
+        if seen[-1] == "fragile" and seen.count("fragile") == 2:
             raise InflashError("the chat template does not end on these messages; it was stopped")
         return real(self, messages)
 
