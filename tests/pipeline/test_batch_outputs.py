@@ -62,6 +62,6 @@ def test_answers_to_what_nobody_asks_are_another_job_s(files: SimpleNamespace) -
     files.output.write_text(result("z", succeeded=True))
     with (
         BatchOutputs(files.output, None) as outputs,
-        pytest.raises(InflashError, match="has an answer to 'z', which in.jsonl does not"),
+        pytest.raises(InflashError, match=r"has an answer to 'z', which in\.jsonl does not"),
     ):
         outputs.finished(asked("a"))
