@@ -75,13 +75,8 @@ class BatchRun:
         """
         size = RunSize()
         for index in map(int, np.flatnonzero(~self._done)):
-            try:
-                request = self._make(index)
+            if (request := self._make_unless_refused(index)) is not None:
                 size.add(len(request.prompt_token_ids), request.sampling_params)
-            except (ChatTemplateError, RunError):
-                raise
-            except InflashError as error:
-                self._refusals[index] = str(error)
             on_request()
         if size.num_sequences:
             self._longest = self._llm.longest_fitting(size.longest)
@@ -108,13 +103,14 @@ class BatchRun:
         return self._llm.make_request(entry.custom_id, entry.prompt, entry.sampling_params, index)
 
     def _make_unless_refused(self, index: int) -> Request | None:
+        """None where it is refused; a chat that could be rendered when it was measured may be so at its turn."""
         if index in self._refusals:
             return None
         try:
             return self._make(index)
         except (ChatTemplateError, RunError):
             raise
-        except InflashError as error:  # of a chat that could be rendered when it was measured
+        except InflashError as error:
             self._refusals[index] = str(error)
             return None
 

@@ -163,9 +163,8 @@ class Watch:
                 self.about = self._reader.about
         if self._reader is not None:
             self.counters = self._reader.read()
-            if (
-                self._reader.ended
-            ):  # all that the engine held is kept for as long as somebody looks; there may be another one soon
+            if self._reader.ended:
+                # All that the engine held is kept for as long as somebody looks, and there may be another one soon.
                 self._reader = None
         return self.counters.times if self.counters else None
 

@@ -151,9 +151,8 @@ def _run_job(
                 running.completed, running.failed = state.job.completed, state.job.failed
                 with progress_bar(total=int(np.sum(finished == OPEN)), unit="request", desc="measuring", delay=2) as bar:
                     size = running.measure(bar.update)
-                outputs.begin(
-                    resume=arguments.resume and outputs.resumable
-                )  # only now: what is to be overwritten may be all there is
+                # Only now: what is to be overwritten may be all there is.
+                outputs.begin(resume=arguments.resume and outputs.resumable)
                 state.now("in_progress", **counts())
                 _answer(arguments, running, size, state, stop)
                 if running.draining and not writer.ready:

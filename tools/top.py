@@ -34,18 +34,18 @@ def run(arguments: argparse.Namespace) -> int:
         raise InflashError(f"--interval: expected seconds above 0, found {arguments.interval}")
     if arguments.count is not None and arguments.count < 1:
         raise InflashError(f"--count: expected a number of looks from 1 up, found {arguments.count}")
-    reader = LiveReader(arguments.pid)
     try:
-        return _watch(reader, arguments.interval, arguments.count)
+        return _watch(arguments.pid, arguments.interval, arguments.count)
     except KeyboardInterrupt:
         print()
         return 0
 
 
-def _watch(reader: LiveReader, interval_s: float, count: int | None) -> int:
+def _watch(pid: int, interval_s: float, count: int | None) -> int:
+    reader = LiveReader(pid)
     before, looks, screen = _look(reader), 0, sys.stdout.isatty()
     if before is None:
-        raise InflashError(f"process {reader.pid} has ended")
+        raise InflashError(f"process {pid} has ended")
     if not screen:
         print(_heading(reader))
         print("  ".join(f"{name:>9}" for name in _FIELDS))
@@ -53,13 +53,13 @@ def _watch(reader: LiveReader, interval_s: float, count: int | None) -> int:
         time.sleep(interval_s)
         now = _look(reader)
         if reader.ended and now is not None:
-            if (following := _following(reader.pid)) is None:
-                print(f"process {reader.pid} has closed its engine")
+            reader = None  # else the process could not have the first engine's memory for the next one
+            if (reader := _following(pid)) is None:
+                print(f"process {pid} has closed its engine")
                 return 0
-            reader, now = following, _look(following)
-            before = now
+            before = now = _look(reader)
         if now is None or before is None:
-            print(f"process {reader.pid} has ended")
+            print(f"process {pid} has ended")
             return 0
         change = Change(before, now)
         if screen:

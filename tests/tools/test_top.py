@@ -50,13 +50,14 @@ def test_the_next_engine_of_a_process_is_followed(tmp_path: Path, capsys: pytest
     """Longer requests make a process open another engine; whoever looks must let the first one's memory go."""
     slab, opened = os.memfd_create("inflash-slab"), threading.Event()
     os.ftruncate(slab, 4096)
-    pages = [LivePage({"model": "first"}, slab, [])]
+    pages, let_go = [LivePage({"model": "first"}, slab, [(os.getpid(), 0)])], []
 
     def change() -> None:
         time.sleep(0.5)
         pages[0].close()
-        time.sleep(0.3)
-        pages.append(LivePage({"model": "second"}, slab, []))
+        time.sleep(1)
+        let_go.append("inflash-slab" not in Path("/proc/self/maps").read_text())
+        pages.append(LivePage({"model": "second"}, slab, [(os.getpid(), 0)]))
         opened.set()
 
     thread = threading.Thread(target=change)
@@ -68,7 +69,7 @@ def test_the_next_engine_of_a_process_is_followed(tmp_path: Path, capsys: pytest
         for page in pages:
             page.close()
         os.close(slab)
-    assert opened.is_set() and len(capsys.readouterr().out.splitlines()) == 8
+    assert opened.is_set() and let_go == [True] and len(capsys.readouterr().out.splitlines()) == 8
 
 
 def test_lines_for_a_file(decoding: Engine, capsys: pytest.CaptureFixture[str]) -> None:
