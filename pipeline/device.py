@@ -54,7 +54,8 @@ class KernelTimes:
     """What calls of a kernel take.
 
     Attributes:
-      points: bytes of what a call reads, ascending, and its seconds; between them a line, before them the first, beyond in proportion.
+      points: bytes of what a call reads, ascending, and its seconds; between them a line that goes on beyond, before them the
+        first.
     """
 
     points: tuple[tuple[float, float], ...]
@@ -62,11 +63,12 @@ class KernelTimes:
     def seconds(self, num_bytes: float) -> float:
         if num_bytes <= self.points[0][0]:
             return self.points[0][1]
-        for (below, first), (above, second) in pairwise(self.points):
-            if num_bytes <= above:
-                return first + (second - first) * (num_bytes - below) / (above - below)
-        most, seconds = self.points[-1]
-        return seconds * num_bytes / most
+        if len(self.points) == 1:
+            ((most, seconds),) = self.points
+            return seconds * num_bytes / most
+        lines = list(pairwise(self.points))
+        (below, first), (above, second) = next((line for line in lines if num_bytes <= line[1][0]), lines[-1])
+        return first + (second - first) * (num_bytes - below) / (above - below)
 
     def slower(self, times: float) -> "KernelTimes":
         return KernelTimes(tuple((size, times * seconds) for size, seconds in self.points))

@@ -29,8 +29,8 @@ from .table import table
 SIZES = (4 << 10, 8 << 10, 16 << 10, 32 << 10, 128 << 10, 1 << 20)
 DEPTHS = (1, 16, 128)
 WIDTHS = {1: (256, 2048, 4096), 8: (256, 2048)}
-"""d_model of the kernels, by batch; d_ff is four times as much. Beyond the widest, time is in proportion to bytes: with eight sequences,
-who compute more than they read, that holds from half the width on."""
+"""d_model of the kernels, by batch; d_ff is four times as much. The third is for those whose time is not a line in their bytes, and with
+eight sequences, who compute more than they read, all are lines."""
 BATCHES = tuple(WIDTHS)
 _TOLD = (1 << 20, 8 << 20, 64 << 20)
 _BUNDLE_BYTES, _FILE_MIB, _FEW_MIB = 8 << 10, 384, 64
@@ -67,7 +67,7 @@ def measure(scratch: Path, folder: Path) -> Any:
 
 
 class _Probe:
-    """What is measured, written and compiled: one processor works on kernels and the tiny model, another on the small one."""
+    """What is measured, written and compiled: kernels, the small model and the tiny one side by side."""
 
     def __init__(self, scratch: Path, folder: Path, opened: ExitStack) -> None:
         from .bench_io import scratch_store
@@ -76,16 +76,16 @@ class _Probe:
         from .probe_tiny_model import TinyModel
         from .yardstick import Yardstick, neuron_files
 
-        with ThreadPoolExecutor(1) as beside:
+        with ThreadPoolExecutor(2) as beside:
             compiling = beside.submit(ProbedKernels, WIDTHS)
             making = beside.submit(lambda: opened.enter_context(TinyModel(scratch / "tiny", BATCHES)))
             given = (folder / "zarr.json").exists()  # then the other is only for neurons of a known size
             self.folder, self.own = folder, scratch_store(scratch / "neurons", _BUNDLE_BYTES, _FEW_MIB if given else _FILE_MIB)
             self.small = opened.enter_context(SmallModel(scratch / "model", BATCHES))
+            self.store = open_store(folder) if given else self.own
+            self.files = neuron_files(self.store)
+            self.yardstick = Yardstick(self.files, BATCHES)
             self.kernels, self.tiny = compiling.result(), making.result()
-        self.store = open_store(folder) if given else self.own
-        self.files = neuron_files(self.store)
-        self.yardstick = Yardstick(self.files, BATCHES)
 
     def measure(self, progress: Callable[[], object]) -> Any:
         """The `Device`."""
@@ -140,7 +140,8 @@ def _curve(
     """Random reads: size, how many under way, bytes a second and the machine's state then; and all states that were seen."""
     from ..pipeline.machine_state import MachineState
 
-    curve, states = [], [yardstick.measure()]
+    disk = ("processor_s", "random_bytes_per_s", "stream_bytes_per_s")
+    curve, states = [], [yardstick.measure(*disk)]
     for turn, size in enumerate(SIZES):
         rates = []
         for number, depth in enumerate(DEPTHS):
@@ -149,7 +150,7 @@ def _curve(
             progress()
         curve += [(size, depth, rate, len(states)) for depth, rate in rates]
         if turn % 2 or size == SIZES[-1]:
-            states.append(yardstick.measure())
+            states.append(yardstick.measure(*disk))
     return [(*point, MachineState.between(states[at - 1 : at + 1])) for *point, at in curve], states
 
 

@@ -1,6 +1,5 @@
 """What the kernels of resident weights take, at several widths: a part of `inflash probe`."""
 
-import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
@@ -22,6 +21,8 @@ _NAMES = {
     "dense": "dense_ffn",
 }
 """Of `kernel_cases`, by those of a `Device`."""
+_UNEVEN = ("gathered_ffn", "dense_ffn")
+"""Whose time is not a line in their bytes, so that a third width says more than two do."""
 
 
 class ProbedKernels:
@@ -33,13 +34,13 @@ class ProbedKernels:
         Args:
           widths: by number of sequences: d_model, ascending from the same one; d_ff is four times as much, the head has as many rows.
         """
-        is_native, wanted = native_library.choose(), {*_NAMES.values(), "attention"}
+        is_native = native_library.choose()
         self._widths, self._cases = widths, []
         for width in sorted({width for each in widths.values() for width in each}):
             weights = Weights(width, 4 * width, 4 * width)
             for batch in (batch for batch, each in widths.items() if width in each):
-                cases = [replace(case, native=is_native) for case in kernel_cases(weights, batch) if case.name in wanted]
-                self._cases += [(width, case, case.prepare(case)) for case in cases]
+                cases = [case for case in kernel_cases(weights, batch) if width in self._measured(case.name, batch)]
+                self._cases += [(width, case, case.prepare(case)) for case in (replace(each, native=is_native) for each in cases)]
         compile_all([call for _, _, call in self._cases])
 
     def measure(
@@ -60,7 +61,8 @@ class ProbedKernels:
         looking = {batch: self._looking_back(measured, batch) for batch in self._widths}
         found: dict[str, dict[int, KernelTimes]] = {name: {} for name in _NAMES}
         for name, kernel in _NAMES.items():
-            for batch, widths in self._widths.items():
+            for batch in self._widths:
+                widths = self._measured(kernel, batch)
                 points = [measured[kernel, width, batch] for width in widths]
                 if name == "attention":
                     points = [
@@ -70,6 +72,15 @@ class ProbedKernels:
                 found[name][batch] = KernelTimes.of(points)
         keys_and_values = {batch: KernelTimes.along(rate) for batch, rate in looking.items()}
         return found | {"keys and values": keys_and_values}, beyond_caches, cached
+
+    def _measured(self, kernel: str, batch: int) -> Sequence[int]:
+        """The widths at which a kernel of `kernel_cases` is timed."""
+        widths = self._widths[batch]
+        if kernel == "attention":  # over many positions, only for how much longer than over few
+            return widths[1:2]
+        if kernel in _UNEVEN:
+            return widths
+        return widths[:2] if kernel in _NAMES.values() else ()
 
     def _timed(
         self, of_width: Callable[[int], bool], seconds: float, pace: Callable[[], Pace]
@@ -87,11 +98,9 @@ class ProbedKernels:
 
     def _looking_back(self, measured: Mapping[tuple[str, int, int], tuple[float, float]], batch: int) -> Rate:
         """The rate at which attention takes in keys and values: by how much longer it takes over many positions than over few."""
-        rates = []
-        for width in self._widths[batch][1:]:
-            (most, longer), (least, shorter) = (measured[kernel, width, batch] for kernel in ("attention", "short attention"))
-            rates.append((most - least) / max(longer - shorter, 1e-9))
-        return Rate(fixed_s=0.0, bytes_per_s=statistics.median(rates))
+        (width,) = self._measured("attention", batch)
+        (most, longer), (least, shorter) = (measured[kernel, width, batch] for kernel in ("attention", "short attention"))
+        return Rate(fixed_s=0.0, bytes_per_s=(most - least) / max(longer - shorter, 1e-9))
 
 
 def _without(rate: Rate, looked_at: float, num_bytes: float, seconds: float) -> tuple[float, float]:

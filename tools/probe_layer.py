@@ -130,7 +130,7 @@ def streaming(store: Store, yardstick: Any, state: Any, batches: Sequence[int]) 
             layer.neurons.add_step(0, tile).block_until_ready()
             samples = []
             for turn in range(3):
-                now = yardstick.measure()
+                now = yardstick.measure("kernel_s", "stream_bytes_per_s")
                 began, waited = time.perf_counter(), layer.pool.wait_ns
                 for number in range(layers):  # others than the last time, as far as there are
                     layer.neurons.add_step((turn * layers + number) % store.config.num_layers, tile).block_until_ready()
@@ -163,7 +163,7 @@ def fetching(store: Store, yardstick: Any, state: Any) -> dict[str, float]:
             fetch_many()
         processor = (layer.processor_s() - used) / (_FETCHES * _FETCHED)
         alone = statistics.median(layer.fetch(rng.choice(d_ff, 1)) for _ in range(48))
-        pace = state.processor_s / yardstick.measure().processor_s
+        pace = state.processor_s / yardstick.measure("processor_s").processor_s
     ((file, file_bytes),) = neuron_files(store)
     single = alone - size / read_rate(file, file_bytes, size, 1, _QUEUE_S)
     return {"request_s": pace * max(single, 2e-5), "read_cpu_s": pace * processor}
