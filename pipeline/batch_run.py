@@ -1,7 +1,7 @@
 """The middle of a batch run: requests in, result lines out, until all are answered or somebody wants an end."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,7 +11,7 @@ from .batch_file import BatchFile
 from .batch_requests import CHAT, SAMPLING_FIELDS
 from .batch_results import failed_line, refused_line, success_line
 from .chat_template import ChatTemplateError
-from .grouping import alike_together
+from .grouping import alike_together, in_groups
 from .outputs import RequestOutput
 from .requests import Request
 from .result_writer import ResultWriter
@@ -74,10 +74,11 @@ class BatchRun:
           RunError: the batch file was changed.
         """
         size = RunSize()
-        for index in map(int, np.flatnonzero(~self._done)):
-            if (request := self._make_unless_refused(index)) is not None:
-                size.add(len(request.prompt_token_ids), request.sampling_params)
-            on_request()
+        for group in in_groups(map(int, np.flatnonzero(~self._done)), self._make):
+            for _, request in group:
+                if request is not None:
+                    size.add(len(request.prompt_token_ids), request.sampling_params)
+                on_request()
         if size.num_sequences:
             self._longest = self._llm.longest_fitting(size.longest)
         return size.up_to(self._longest, self._llm.max_model_len)
@@ -98,25 +99,27 @@ class BatchRun:
         for _ in self._requests(on_request):  # where nothing could be run, what is left are refusals
             raise AssertionError("a request was left over")
 
-    def _make(self, index: int) -> Request:
-        entry = self._batch.request(index)
-        return self._llm.make_request(entry.custom_id, entry.prompt, entry.sampling_params, index)
+    def _make(self, indices: Sequence[int]) -> list[Request | None]:
+        """None for those that are refused; a chat that could be rendered when it was measured may be so at its turn."""
+        open_ones = [index for index in indices if index not in self._refusals]
+        entries = map(self._batch.request, open_ones)
+        asked = [
+            (entry.custom_id, entry.prompt, entry.sampling_params, index) for index, entry in zip(open_ones, entries, strict=True)
+        ]
+        made = dict(zip(open_ones, self._llm.make_requests(asked), strict=True))
+        return [self._unless_refused(index, made.get(index)) for index in indices]
 
-    def _make_unless_refused(self, index: int) -> Request | None:
-        """None where it is refused; a chat that could be rendered when it was measured may be so at its turn."""
-        if index in self._refusals:
+    def _unless_refused(self, index: int, made: Request | InflashError | None) -> Request | None:
+        if isinstance(made, ChatTemplateError | RunError):
+            raise made
+        if isinstance(made, InflashError):
+            self._refusals[index] = str(made)
             return None
-        try:
-            return self._make(index)
-        except (ChatTemplateError, RunError):
-            raise
-        except InflashError as error:
-            self._refusals[index] = str(error)
-            return None
+        return made
 
     def _requests(self, on_request: Callable[[], object]) -> Iterator[Request]:
         """What can be run, one by one, like prompts together; refuses the rest. Waits while no more results can be kept."""
-        for index, request in alike_together(map(int, np.flatnonzero(~self._done)), self._make_unless_refused):
+        for index, request in alike_together(map(int, np.flatnonzero(~self._done)), self._make):
             while not self.draining and not self._writer.wait_ready(_LISTEN_S):
                 pass
             if self.draining:

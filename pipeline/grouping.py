@@ -4,7 +4,7 @@ Blocks that two prompts share are computed once and held once, but only while th
 Where memory has few blocks, requests that begin alike have to run at the same time.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 
 from .requests import Request
@@ -13,13 +13,23 @@ GROUP_SIZE = 128
 """Requests that are put in order at a time, and kept for it: so many may begin before one that came before them."""
 
 
-def alike_together(indices: Iterable[int], make: Callable[[int], Request | None]) -> Iterator[tuple[int, Request | None]]:
+Make = Callable[[Sequence[int]], Sequence[Request | None]]
+"""From indices to their requests; None: one cannot run."""
+
+
+def in_groups(indices: Iterable[int], make: Make) -> Iterator[list[tuple[int, Request | None]]]:
+    """Requests by their indices, `GROUP_SIZE` at a time."""
+    indices = iter(indices)
+    while group := list(islice(indices, GROUP_SIZE)):
+        yield list(zip(group, make(group), strict=True))
+
+
+def alike_together(indices: Iterable[int], make: Make) -> Iterator[tuple[int, Request | None]]:
     """Requests by their indices, `GROUP_SIZE` at a time in the order of their prompts' tokens, as words in a dictionary.
 
     Args:
       indices: in the order of the batch.
-      make: from an index to the request; None: it cannot run, and comes first in its group.
+      make: of what cannot run, which comes first in its group, there is None.
     """
-    indices = iter(indices)
-    while made := [(index, make(index)) for index in islice(indices, GROUP_SIZE)]:
+    for made in in_groups(indices, make):
         yield from sorted(made, key=lambda pair: (list(pair[1].prompt_token_ids) if pair[1] else [], pair[0]))

@@ -56,6 +56,21 @@ class PromptEncoder:
             raise InflashError("prompt: expected a text or a list of token ids")
         return None, list(prompt)
 
+    def encode_all(self, prompts: Sequence[Prompt]) -> list[tuple[str | None, list[int]] | InflashError]:
+        """As `encode` for many, texts on all processors at once; in place of a prompt that is refused, why."""
+        texts = [prompt for prompt in prompts if isinstance(prompt, str) and prompt] if self.tokenizer else []
+        encodings = iter(self._needed_tokenizer().encode_batch(texts) if texts else ())
+        encoded: list[tuple[str | None, list[int]] | InflashError] = []
+        for prompt in prompts:
+            try:
+                if isinstance(prompt, str) and prompt and self.tokenizer:
+                    encoded.append((prompt, next(encodings).ids))
+                else:
+                    encoded.append(self.encode(prompt))
+            except InflashError as error:
+                encoded.append(error)
+        return encoded
+
     def close(self) -> None:
         """Ends the process that renders templates, if there is one. Idempotent."""
         if self._template is not None:

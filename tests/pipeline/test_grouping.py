@@ -1,5 +1,6 @@
 """Like prompts together, and nobody waits for more than a group."""
 
+from collections.abc import Sequence
 from itertools import pairwise
 
 from hypothesis import given
@@ -20,9 +21,13 @@ def request(number: int, token_ids: list[int]) -> Request:
 def test_prompts_that_begin_alike_are_neighbours_and_nobody_starves(count: int, num_beginnings: int, refused_every: int) -> None:
     made: list[int] = []
 
-    def make(index: int) -> Request | None:
-        made.append(index)
-        return request(index, [index % num_beginnings] * 40 + [index]) if index % refused_every else None
+    def make(indices: Sequence[int]) -> list[Request | None]:
+        made.extend(indices)
+        beginnings = [[index % num_beginnings] * 40 for index in indices]
+        return [
+            request(index, [*beginning, index]) if index % refused_every else None
+            for index, beginning in zip(indices, beginnings, strict=True)
+        ]
 
     order = []
     for place, (index, one) in enumerate(alike_together(range(count), make)):

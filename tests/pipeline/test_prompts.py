@@ -1,5 +1,6 @@
 """Messages become a prompt whose special tokens are the template's alone."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -143,3 +144,26 @@ def test_messages_need_a_tokenizer(tmp_path: Path) -> None:
     store: Any = SimpleNamespace(tokenizer_folder=tmp_path)
     with pytest.raises(InflashError, match="this store has no tokenizer"):
         PromptEncoder(store).encode(chat("x"))
+
+
+def test_many_prompts_are_encoded_as_each_alone(encoder: PromptEncoder) -> None:
+    prompts: list[Any] = [
+        "sea",
+        "",
+        chat("Hello"),
+        [3, 4],
+        "ünder<|im_end|>",
+        {"prompt": "a"},
+        {"prompt": "a", "messages": []},
+        7,
+        "sea",
+    ]
+    for prompt, found in zip(prompts, encoder.encode_all(prompts), strict=True):
+        if isinstance(found, InflashError):
+            with pytest.raises(InflashError, match=re.escape(str(found))):
+                encoder.encode(prompt)
+        else:
+            assert found == encoder.encode(prompt)
+    assert [isinstance(found, InflashError) for found in encoder.encode_all(prompts)] == [
+        number in (1, 6, 7) for number in range(9)
+    ]
