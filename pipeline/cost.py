@@ -57,21 +57,21 @@ class CostModel:
     def predict_below(self, plan: Plan, num_seqs: int, positions: int, most_ms: float) -> StepCost | None:
         """Likewise; None as soon as it is clear that a step takes longer than `most_ms`."""
         layers = self.curves.of(num_seqs)
-        slowdown = 1.0
-        cost, busy_s, processor_s = self._walk(plan, layers, num_seqs, positions, slowdown)
+        slowdown, hidden = 1.0, 0.0
+        cost, busy_s, processor_s = self._walk(plan, layers, num_seqs, positions, slowdown, hidden)
         if cost.total_ms > most_ms:  # and what follows only makes it slower
             return None
         for _ in range(2):  # loaders and kernels share the processors while both have work
             hidden = 1 - min(1.0, cost.io_wait_ms / 1e3 / busy_s) if busy_s else 0.0
             slowdown = 1 + hidden * processor_s / self.device.cores / max(cost.compute_ms / 1e3 / slowdown, 1e-9)
-            cost, busy_s, processor_s = self._walk(plan, layers, num_seqs, positions, slowdown)
+            cost, busy_s, processor_s = self._walk(plan, layers, num_seqs, positions, slowdown, hidden)
         return cost
 
     def _walk(
-        self, plan: Plan, layers: Sequence[LayerCurve], num_seqs: int, positions: int, slowdown: float
+        self, plan: Plan, layers: Sequence[LayerCurve], num_seqs: int, positions: int, slowdown: float, hidden: float
     ) -> tuple[StepCost, float, float]:
         """A step, the time that the disk was busy for it, and the loaders' processor time."""
-        walk = _Walk(self, plan, layers, num_seqs, positions, slowdown)
+        walk = _Walk(self, plan, layers, num_seqs, positions, slowdown, hidden)
         before = walk.totals()
         for _ in range(_STEPS):
             before = walk.totals()
@@ -104,8 +104,16 @@ class _Walk:
     """The state of going through steps."""
 
     def __init__(
-        self, model: CostModel, plan: Plan, layers: Sequence[LayerCurve], num_seqs: int, positions: int, slowdown: float
+        self,
+        model: CostModel,
+        plan: Plan,
+        layers: Sequence[LayerCurve],
+        num_seqs: int,
+        positions: int,
+        slowdown: float,
+        hidden: float,
     ) -> None:
+        """`hidden`: the share of reading that happens beside kernels."""
         self._model, self._plan, self._curves, self._num_seqs = model, plan, layers, num_seqs
         self._device, self._slowdown = model.device, slowdown
         config, bundles = model.store.config, model.store.bundles
@@ -115,7 +123,7 @@ class _Walk:
         self._attention_s = self._kernel("attention", 4 * config.d_model**2 * model.item_bytes)
         self._attention_s += self._kernel("keys and values", seqs * positions * 8 * config.d_model)
         self._item_s = slowdown * self._device.matrix_s(num_seqs)
-        self._between_s, self._disturbed_s = self._device.between_s(num_seqs), self._device.disturbance_s(num_seqs)
+        self._between_s, self._delayed_s = self._device.between_s(num_seqs), self._device.delay_s(num_seqs)
         self._head_s = self._kernel("head", config.vocab_size * config.embed_dim * model.item_bytes)
         self._rows = block_rows(model.store, plan.block_bytes)
         self.now = self.wait = self.memory = self.compute = self.processor = self.reads = self.num_bytes = 0.0
@@ -125,7 +133,9 @@ class _Walk:
         head_bytes = block // head_block_rows(config) * config.vocab_size
         self._head_bytes = [min(block, head_bytes - start) for start in range(0, head_bytes, block)] if plan.streamed_head else []
         qkv, out = [3 * square] * sum(plan.streamed_qkv), [square] * sum(plan.streamed_out)
-        rate = self._device.state.stream_bytes_per_s  # to where they are used
+        # To where they are used, so as fast as the disk is, but for the processors that kernels keep from it.
+        beside, alone = self._device.stream_bytes_per_s, self._device.state.stream_bytes_per_s
+        rate = 1 / (hidden / min(beside, alone) + (1 - hidden) / alone)
         self._qkv, self._out = (self._stream(sizes, MATRIX_BUFFERS, rate) for sizes in (qkv, out + self._head_bytes))
         self._square_bytes = square
         streamed = len(plan.layers(STREAMED))
@@ -208,12 +218,12 @@ class _Walk:
         device = self._device
         self._count(neurons, neurons * self._bundle_bytes, neurons * device.read_cpu_s)
         depth, loaders = self._plan.queue_depth * self._plan.loaders, self._plan.loaders
-        return self._disk.ask_neurons(self.now, device.read_s(neurons, self._bundle_bytes, depth, loaders))
+        begun = self.now + min(neurons, 1.0) * self._delayed_s  # what streams by goes on until then
+        return self._disk.ask_neurons(begun, device.read_s(neurons, self._bundle_bytes, depth, loaders))
 
     def _place(self, neurons: float, missing: float) -> None:
         """Fewer than one missing neuron a step is a request in so many steps."""
         device = self._device
-        self._compute(min(missing, 1.0) * self._disturbed_s)
         asking = min(missing, 1.0) * device.asking.seconds(max(missing, 1.0))
         seconds = self._slowdown * (device.placing.seconds(neurons) + asking)
         self.now += seconds

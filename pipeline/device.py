@@ -109,7 +109,7 @@ class Device:
       cached_share: of a kernel's time, by number of sequences, that it takes in a run of a model that stays in the processor's caches.
       item_s: of a matrix that is streamed, or a part of one, by number of sequences, beyond reading it and computing.
       layer_s: of a layer with a cache, by number of sequences, beyond all these: what is between kernels.
-      disturbed_s: by number of sequences, that kernels lose to a loader that begins a request, hidden reads included.
+      delayed_s: by number of sequences, until a loader begins what it is asked for while kernels have the processors.
       placing: of the neuron cache: `fixed_s` a call, and "bytes" are neurons.
       asking: of the engine's time for a request to loaders, and for giving out its slots, beyond placing; "bytes" are neurons.
       request_s: from asking a loader for one neuron until it is there, beyond the read itself.
@@ -129,7 +129,7 @@ class Device:
     cached_share: Mapping[int, float]
     item_s: Mapping[int, float]
     layer_s: Mapping[int, float]
-    disturbed_s: Mapping[int, float]
+    delayed_s: Mapping[int, float]
     placing: Rate
     asking: Rate
     request_s: float
@@ -170,9 +170,9 @@ class Device:
         """`layer_s` for so many sequences."""
         return _for_batch(self.layer_s, num_seqs)
 
-    def disturbance_s(self, num_seqs: int) -> float:
-        """`disturbed_s` for so many sequences."""
-        return _for_batch(self.disturbed_s, num_seqs)
+    def delay_s(self, num_seqs: int) -> float:
+        """`delayed_s` for so many sequences."""
+        return _for_batch(self.delayed_s, num_seqs)
 
     def gather_s(self, num_seqs: int, num_bytes: float, group_share: float) -> float:
         """`kernel_s` of neurons by slot that each sequence names some of; a group names `group_share` of what all do together."""
@@ -235,7 +235,7 @@ class Device:
             },
             item_s={batch: processor * seconds for batch, seconds in self.item_s.items()},
             layer_s={batch: processor * seconds for batch, seconds in self.layer_s.items()},
-            disturbed_s={batch: processor * seconds for batch, seconds in self.disturbed_s.items()},
+            delayed_s={batch: processor * seconds for batch, seconds in self.delayed_s.items()},
             placing=self.placing.slower(processor),
             asking=self.asking.slower(processor),
             request_s=processor * self.request_s,
@@ -252,7 +252,7 @@ class Device:
         fields["state"] = MachineState.from_json(fields["state"])
         fields["read_curve"] = tuple(ReadPoint(**point) for point in fields["read_curve"])
         fields["dram_bytes_per_s"] = {int(threads): rate for threads, rate in fields["dram_bytes_per_s"].items()}
-        for name in ("cached_share", "item_s", "layer_s", "disturbed_s"):
+        for name in ("cached_share", "item_s", "layer_s", "delayed_s"):
             fields[name] = {int(batch): seconds for batch, seconds in fields[name].items()}
         fields["kernels"] = {
             name: {int(batch): KernelTimes(tuple((size, s) for size, s in each["points"])) for batch, each in times.items()}
@@ -305,7 +305,7 @@ def assumed_device() -> Device:
         cached_share={1: 0.8, 8: 0.9},
         item_s={1: 2e-4, 8: 3e-4},
         layer_s={1: 1e-4, 8: 2e-4},
-        disturbed_s={1: 5e-4, 8: 1e-3},
+        delayed_s={1: 5e-4, 8: 1e-3},
         placing=Rate(fixed_s=1.2e-4, bytes_per_s=1e7),
         asking=Rate(fixed_s=1e-4, bytes_per_s=2e6),
         request_s=1e-4,

@@ -115,7 +115,7 @@ class _Probe:
             cached_share=dict.fromkeys(BATCHES, 1.0),
             item_s=dict.fromkeys(BATCHES, 0.0),
             layer_s=dict.fromkeys(BATCHES, 0.0),
-            disturbed_s=dict.fromkeys(BATCHES, 0.0),
+            delayed_s=dict.fromkeys(BATCHES, 0.0),
             loader_share=1.0,
             **streamed,
             **fetched,

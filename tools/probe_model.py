@@ -25,8 +25,8 @@ _PROMPT, _POSITIONS = 16, 128
 _TURNS, _TURN_STEPS, _WARM_STEPS = 3, 8, 6
 _GATHERED = 0.25  # of the neurons that a kernel is compiled for at most: more than steps of these sequences name
 _SLOTS = (1.5, 4.0)  # times what a step names: a cache as small as plans have, and one that misses little
-_SHARES, _DISTURBED_S = np.linspace(0.5, 1.0, 6), np.linspace(0, 4e-3, 21)  # that are tried
-_ASKED_S = _DISTURBED_S[::10]  # of those the model is asked about; between them its answers lie nearly on lines
+_SHARES, _DELAYED_S = np.linspace(0.5, 1.0, 6), np.linspace(0, 4e-3, 21)  # that are tried
+_ASKED_S = _DELAYED_S[::5]  # of those the model is asked about; between them its answers lie nearly on lines
 
 
 def small_model(path: Path, width: int = _WIDTH, num_layers: int = _LAYERS) -> Store:
@@ -63,7 +63,7 @@ class SmallModel:
     def fitted(self, device: Any, yardstick: Any) -> Any:
         """The `Device` with the figures that the model's steps tell.
 
-        Those are how neurons are placed and asked for, what a layer takes beyond its parts, what requests disturb, and the loaders'
+        Those are how neurons are placed and asked for, what a layer takes beyond its parts, how late loaders begin, and the loaders'
         share.
 
         Args:
@@ -107,20 +107,20 @@ def _line(sizes: Sequence[float], seconds: Sequence[float]) -> Any:
 
 
 def best_of(device: Any, missing: "Mapping[int, Sequence[MeasuredSteps]]") -> Any:
-    """The `Device` with the `loader_share` and the `disturbed_s` with which it knows best what steps with missing neurons took."""
+    """The `Device` with the `loader_share` and the `delayed_s` with which it knows best what steps with missing neurons took."""
     best: tuple[float, Any] | None = None
     for share in _SHARES.tolist():
-        off, disturbed_s = 0.0, {}
+        off, delayed_s = 0.0, {}
         for batch, measured in missing.items():
-            asked = [replace(device, loader_share=share, disturbed_s={batch: seconds}) for seconds in _ASKED_S.tolist()]
-            tried = np.zeros(len(_DISTURBED_S))
+            asked = [replace(device, loader_share=share, delayed_s={batch: seconds}) for seconds in _ASKED_S.tolist()]
+            tried = np.zeros(len(_DELAYED_S))
             for each in measured:
-                beyond = np.interp(_DISTURBED_S, _ASKED_S, [each.beyond_s(other) for other in asked])
+                beyond = np.interp(_DELAYED_S, _ASKED_S, [each.beyond_s(other) for other in asked])
                 tried += (beyond / each.seconds) ** 2
-            disturbed_s[batch] = float(_DISTURBED_S[tried.argmin()])
+            delayed_s[batch] = float(_DELAYED_S[tried.argmin()])
             off += float(tried.min())
         if best is None or off < best[0]:
-            best = off, replace(device, loader_share=share, disturbed_s=disturbed_s)
+            best = off, replace(device, loader_share=share, delayed_s=delayed_s)
     assert best is not None
     return best[1]
 

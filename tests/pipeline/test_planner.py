@@ -199,6 +199,23 @@ def test_a_machine_that_others_use_is_as_much_slower_as_what_it_is_slow_at() -> 
     assert MachineState.between([state, slow, slow]) == slow
 
 
+def test_matrices_come_more_slowly_where_kernels_keep_loaders_from_the_processors() -> None:
+    given = EngineOptions(ffn="resident", max_num_seqs=1, max_model_len=64)
+    streamed = (True,) * LAYERS
+    plan = replace(plan_from_options(store(), given), streamed_qkv=streamed, streamed_out=streamed)
+    device = replace(assumed_device(), stream_cpu_s=0.0)
+    alone = device.state.stream_bytes_per_s
+
+    def step_ms(beside: float, slower: float) -> float:
+        kernels = {name: {b: each.slower(slower) for b, each in times.items()} for name, times in device.kernels.items()}
+        known = replace(device, stream_bytes_per_s=beside, kernels=kernels)
+        return CostModel(store(), given, known, curves()).predict(plan, 1, 32).total_ms
+
+    assert step_ms(alone / 4, 1e-3) == pytest.approx(step_ms(alone, 1e-3), rel=0.1), "next to nothing is computed meanwhile"
+    assert step_ms(alone / 4, 4) > 1.3 * step_ms(alone, 4)
+    assert step_ms(2 * alone, 4) == step_ms(alone, 4), "kernels make no disk faster"
+
+
 def test_a_loader_is_no_faster_than_its_processor_time_allows() -> None:
     device = replace(assumed_device(), request_s=0.0, loader_share=1.0, read_cpu_s=1e-3)
     assert device.read_s(1000, 4096, 128) == pytest.approx(1.0)
@@ -213,15 +230,15 @@ def test_many_sequences_cost_what_they_name() -> None:
     assert assumed_device().gather_s(64, 1e6, 0.25) == 8 * device.kernel_s("gather", 8, 1e6)
 
 
-def test_a_step_holds_what_lies_between_kernels_and_what_requests_disturb() -> None:
-    device = replace(assumed_device(), layer_s={1: 0.0, 8: 0.0}, disturbed_s={1: 0.0, 8: 0.0})
+def test_a_step_holds_what_lies_between_kernels_and_what_requests_wait_for() -> None:
+    device = replace(assumed_device(), layer_s={1: 0.0, 8: 0.0}, delayed_s={1: 0.0, 8: 0.0})
     plain = cost(device, prefetch="none", cache_neurons=0.25)
     between = cost(replace(device, layer_s={1: 1e-3, 8: 5e-3}), prefetch="none", cache_neurons=0.25)
-    disturbed = cost(replace(device, disturbed_s={1: 2e-3, 8: 5e-3}), prefetch="none", cache_neurons=0.25)
+    late = cost(replace(device, delayed_s={1: 2e-3, 8: 5e-3}), prefetch="none", cache_neurons=0.25)
     layers = store().config.num_layers
     assert between.total_ms == pytest.approx(plain.total_ms + layers, rel=0.01)
-    assert plain.total_ms < disturbed.total_ms <= plain.total_ms + 2 * layers * 1.01  # reading goes on meanwhile
-    resident = cost(replace(device, layer_s={1: 1e-3, 8: 5e-3}, disturbed_s={1: 2e-3, 8: 5e-3}), ffn="resident")
+    assert plain.total_ms < late.total_ms <= plain.total_ms + 2 * layers * 1.01  # reading goes on meanwhile
+    resident = cost(replace(device, layer_s={1: 1e-3, 8: 5e-3}, delayed_s={1: 2e-3, 8: 5e-3}), ffn="resident")
     assert resident.total_ms == cost(device, ffn="resident").total_ms
     assert device.between_s(4) == 0 and replace(device, layer_s={1: 1.0, 8: 8.0}).between_s(4) == pytest.approx(4.0)
 

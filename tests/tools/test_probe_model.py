@@ -49,13 +49,13 @@ def test_what_the_parts_leave_out_is_found_at_any_pace(store: Store) -> None:
         assert beyond == pytest.approx(3 * 3e-4, rel=0.05)
 
 
-def test_the_loaders_share_and_what_requests_disturb_are_told_apart(store: Store) -> None:
-    true = replace(assumed_device(), loader_share=0.6, disturbed_s={1: 4e-4, 8: 1.6e-3})
+def test_the_loaders_share_and_how_late_they_begin_are_told_apart(store: Store) -> None:
+    true = replace(assumed_device(), loader_share=0.6, delayed_s={1: 4e-4, 8: 1.6e-3})
     missing = {batch: [steps(store, true, batch, missed) for missed in (40.0, 160.0)] for batch in (1, 8)}
-    start = replace(true, loader_share=1.0, disturbed_s={1: 0.0, 8: 0.0})
+    start = replace(true, loader_share=1.0, delayed_s={1: 0.0, 8: 0.0})
     found = best_of(start, missing)
     assert found.loader_share == pytest.approx(0.6)
-    assert found.disturbed_s == pytest.approx({1: 4e-4, 8: 1.6e-3})
+    assert found.delayed_s == pytest.approx({1: 4e-4, 8: 1.6e-3})
     assert found.layer_s == true.layer_s and found.read_curve == true.read_curve
 
 
