@@ -19,7 +19,7 @@ from .probe_model import small_model
 WIDTH, _LAYERS = 256, 4
 """Of the model: that of the smallest kernels that are timed."""
 _LENGTH, _POSITION = 128, 64
-_TURNS, _TURN_STEPS = 9, 20
+_TURNS, _TURN_STEPS = 13, 20
 
 
 class TinyModel:
