@@ -6,11 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..errors import InflashError, RunError
+from ..errors import InflashError
 from .batch_file import BatchFile
 from .batch_requests import CHAT, SAMPLING_FIELDS
 from .batch_results import failed_line, refused_line, success_line
-from .chat_template import ChatTemplateError
 from .grouping import alike_together, in_groups
 from .outputs import RequestOutput
 from .requests import Request
@@ -110,8 +109,6 @@ class BatchRun:
         return [self._unless_refused(index, made.get(index)) for index in indices]
 
     def _unless_refused(self, index: int, made: Request | InflashError | None) -> Request | None:
-        if isinstance(made, ChatTemplateError | RunError):
-            raise made
         if isinstance(made, InflashError):
             self._refusals[index] = str(made)
             return None

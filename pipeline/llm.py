@@ -159,7 +159,11 @@ class LLM:
         return self._request(request_id, *self._prompts.encode(prompt), params, number)
 
     def make_requests(self, asked: Sequence[tuple[str, Prompt, SamplingParams, int]]) -> list[Request | InflashError]:
-        """As `make_request` for many, which is faster; in place of one that is refused, why."""
+        """As `make_request` for many, which is faster; in place of one that is refused, why.
+
+        Raises:
+          ChatTemplateError, RunError: see `PromptEncoder.encode_all`.
+        """
         encoded = self._prompts.encode_all([prompt for _, prompt, _, _ in asked])
         made: list[Request | InflashError] = []
         for (request_id, _, params, number), each in zip(asked, encoded, strict=True):

@@ -9,9 +9,9 @@ import secrets
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..errors import InflashError
+from ..errors import InflashError, RunError
 from ..storage.store import Store
-from .chat_template import ChatTemplate, load_chat_template
+from .chat_template import ChatTemplate, ChatTemplateError, load_chat_template
 from .model_files import load_tokenizer
 
 if TYPE_CHECKING:
@@ -57,7 +57,11 @@ class PromptEncoder:
         return None, list(prompt)
 
     def encode_all(self, prompts: Sequence[Prompt]) -> list[tuple[str | None, list[int]] | InflashError]:
-        """As `encode` for many, texts on all processors at once; in place of a prompt that is refused, why."""
+        """As `encode` for many, texts on all processors at once; in place of a prompt that is refused, why.
+
+        Raises:
+          ChatTemplateError, RunError: what every other chat would meet, too.
+        """
         texts = [prompt for prompt in prompts if isinstance(prompt, str) and prompt] if self.tokenizer else []
         encodings = iter(self._needed_tokenizer().encode_batch(texts) if texts else ())
         encoded: list[tuple[str | None, list[int]] | InflashError] = []
@@ -67,6 +71,8 @@ class PromptEncoder:
                     encoded.append((prompt, next(encodings).ids))
                 else:
                     encoded.append(self.encode(prompt))
+            except (ChatTemplateError, RunError):
+                raise
             except InflashError as error:
                 encoded.append(error)
         return encoded

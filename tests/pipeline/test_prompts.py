@@ -13,6 +13,7 @@ from tiny_models import FIRST_BYTE, byte_tokenizer
 from tokenizers import AddedToken, Tokenizer
 
 from inflash.errors import InflashError
+from inflash.pipeline.chat_template import ChatTemplateError
 from inflash.pipeline.prompts import ChatTokens, PromptEncoder
 
 CHATML = """\
@@ -167,3 +168,9 @@ def test_many_prompts_are_encoded_as_each_alone(encoder: PromptEncoder) -> None:
     assert [isinstance(found, InflashError) for found in encoder.encode_all(prompts)] == [
         number in (1, 6, 7) for number in range(9)
     ]
+
+
+def test_a_template_that_is_of_no_use_is_tried_once_for_all_chats(encoder: PromptEncoder, tmp_path: Path) -> None:
+    (tmp_path / "chat_template.jinja").write_text("{% for message in messages %}")
+    with pytest.raises(ChatTemplateError, match="the chat template is broken"):
+        encoder.encode_all(["sea", chat("Hello"), chat("you")])
