@@ -102,7 +102,7 @@ class BatchFile:
         """
         digest, words = hashlib.sha256(), array("Q")
         problems: list[tuple[int | None, str]] = []
-        num_bad, offset, first_line = 0, 0, 0
+        bad_lines, offset, first_line = array("Q"), 0, 0
         for number, (pieces, num_bytes) in enumerate(_lines(self._file, digest.update), 1):
             start, offset = offset, offset + num_bytes
             on_bytes(num_bytes)
@@ -121,19 +121,19 @@ class BatchFile:
                 self._numbers.append(number)
                 words.extend(_digest(request.custom_id))
             except InflashError as error:
-                num_bad += 1
+                bad_lines.append(number)
                 problems += [(number, str(error))] if len(problems) < SHOWN_PROBLEMS else []
         self.sha256 = digest.hexdigest()
-        repeated, num_repeated = self._sort(np.frombuffer(words, np.uint64).reshape(-1, 2))
+        repeated, repeated_lines = self._sort(np.frombuffer(words, np.uint64).reshape(-1, 2))
         problems = sorted(problems + repeated, key=lambda problem: problem[0] or 0)[:SHOWN_PROBLEMS]
         if problems:
-            raise BatchFileError(_report(self.path, problems, num_bad + num_repeated), problems)
+            raise BatchFileError(_report(self.path, problems, sorted([*bad_lines, *repeated_lines])), problems)
         if not len(self):
             message = f"batch file {self.path} is empty; expected one JSON object a line, with {', '.join(LINE_FIELDS)}"
             raise BatchFileError(message, [(None, message)])
 
-    def _sort(self, digests: np.ndarray) -> tuple[list[tuple[int | None, str]], int]:
-        """Prepares `index_of`; returns the first problems with repeated custom_ids, and how many there are."""
+    def _sort(self, digests: np.ndarray) -> tuple[list[tuple[int | None, str]], list[int]]:
+        """Prepares `index_of`; returns the first problems with repeated custom_ids, and the lines of all."""
         self._order = np.lexsort((np.arange(len(digests)), digests[:, 1], digests[:, 0]))
         self._digests = digests[self._order]
         same = np.zeros(len(digests), bool)
@@ -147,7 +147,7 @@ class BatchFile:
             problems.append(
                 (request.line, f"custom_id {shown(request.custom_id)} is already that of line {line}; make it unique")
             )
-        return problems, len(places)
+        return problems, [self._numbers[place] for place, _ in places]
 
 
 def read_batch(
@@ -220,8 +220,21 @@ def _digest(custom_id: str) -> tuple[int, int]:
     return int.from_bytes(words[:8], "little"), int.from_bytes(words[8:], "little")
 
 
-def _report(path: Path, problems: list[tuple[int | None, str]], num_bad: int) -> str:
-    count = f"{num_bad} bad line{'s' if num_bad > 1 else ''}"
+def _report(path: Path, problems: list[tuple[int | None, str]], bad_lines: list[int]) -> str:
+    count = f"{len(bad_lines)} bad line{'s' if len(bad_lines) > 1 else ''}"
     lines = [f"line {number}: {problem}" for number, problem in problems]
-    more = [f"... and {num_bad - len(lines)} more"] if num_bad > len(lines) else []
+    told = {number for number, _ in problems}
+    rest = [number for number in bad_lines if number not in told]
+    more = [f"... and {len(rest)} more, line{'s' if len(rest) > 1 else ''} {_ranges(rest)}"] if rest else []
     return "\n  ".join([f"batch file {path}: {count}, so nothing was run; correct and start again", *lines, *more])
+
+
+def _ranges(numbers: list[int]) -> str:
+    """Ascending numbers, those that follow each other as a range."""
+    ranges: list[list[int]] = []
+    for number in numbers:
+        if ranges and number == ranges[-1][1] + 1:
+            ranges[-1][1] = number
+        else:
+            ranges.append([number, number])
+    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in ranges)

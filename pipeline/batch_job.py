@@ -59,6 +59,8 @@ class BatchJob:
     def __post_init__(self) -> None:
         if not isinstance(self.settings, dict):
             raise InflashError(f"batch job: settings should be an object, found {self.settings!r}")
+        if not isinstance(self.error_file_id, str | None):
+            raise InflashError(f"batch job: error_file_id should be a string or null, found {self.error_file_id!r}")
         if self.status not in STATUSES:
             raise InflashError(f"batch job: status should be one of {', '.join(STATUSES)}, found {self.status!r}")
 
@@ -126,6 +128,8 @@ def resumed_job(new: BatchJob, output: Path, held: Path | None = None) -> BatchJ
         before, after = old.settings.get(name), settings.get(name)
         if before != after:
             differing.append(f"{name} (was {json.dumps(before)}, is {json.dumps(after)})")
+    if (before := old.error_file_id) and _holds_results(before, new.error_file_id):  # else they would fail again, in another file
+        differing.append(f"error-file (was {before}, is {new.error_file_id or 'none'})")
     if differing:
         raise InflashError(
             f"result file {output} was made with something else: {', '.join(differing)}; "
@@ -134,11 +138,26 @@ def resumed_job(new: BatchJob, output: Path, held: Path | None = None) -> BatchJ
     return replace(new, id=old.id, created_at=old.created_at, in_progress_at=old.in_progress_at)
 
 
+def _holds_results(file: str, now: str | None) -> bool:
+    """Whether there is something in a file other than the one that is given now."""
+    path = Path(file)
+    return path.is_file() and path.stat().st_size > 0 and (now is None or path.resolve() != Path(now).resolve())
+
+
 def _read_job(output: Path, held: Path) -> BatchJob:
     path = job_path(output)
     try:
         document = json.loads(path.read_bytes())
-        kept = ("id", "input_file_id", "output_file_id", "input_sha256", "settings", "created_at", "in_progress_at")
+        kept = (
+            "id",
+            "input_file_id",
+            "output_file_id",
+            "error_file_id",
+            "input_sha256",
+            "settings",
+            "created_at",
+            "in_progress_at",
+        )
         return BatchJob(**{name: document[name] for name in kept})
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InflashError(

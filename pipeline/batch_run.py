@@ -12,9 +12,11 @@ from .batch_requests import CHAT, SAMPLING_FIELDS
 from .batch_results import failed_line, refused_line, success_line
 from .grouping import alike_together, in_groups
 from .outputs import RequestOutput
+from .prompts import Prompt
 from .requests import Request
 from .result_writer import ResultWriter
 from .run_size import RunSize
+from .sampling_params import SamplingParams
 from .step_times import StepTimes
 
 if TYPE_CHECKING:
@@ -101,18 +103,17 @@ class BatchRun:
     def _make(self, indices: Sequence[int]) -> list[Request | None]:
         """None for those that are refused; a chat that could be rendered when it was measured may be so at its turn."""
         open_ones = [index for index in indices if index not in self._refusals]
-        entries = map(self._batch.request, open_ones)
-        asked = [
-            (entry.custom_id, entry.prompt, entry.sampling_params, index) for index, entry in zip(open_ones, entries, strict=True)
-        ]
-        made = dict(zip(open_ones, self._llm.make_requests(asked), strict=True))
-        return [self._unless_refused(index, made.get(index)) for index in indices]
+        made: dict[int, Request] = {}
+        for index, each in zip(open_ones, self._llm.make_requests(map(self._asked, open_ones)), strict=True):
+            if isinstance(each, InflashError):
+                self._refusals[index] = str(each)
+            else:
+                made[index] = each
+        return [made.get(index) for index in indices]
 
-    def _unless_refused(self, index: int, made: Request | InflashError | None) -> Request | None:
-        if isinstance(made, InflashError):
-            self._refusals[index] = str(made)
-            return None
-        return made
+    def _asked(self, index: int) -> tuple[str, Prompt, SamplingParams, int]:
+        entry = self._batch.request(index)
+        return entry.custom_id, entry.prompt, entry.sampling_params, index
 
     def _requests(self, on_request: Callable[[], object]) -> Iterator[Request]:
         """What can be run, one by one, like prompts together; refuses the rest. Waits while no more results can be kept."""

@@ -16,7 +16,7 @@ from .options import EngineOptions
 from .outputs import RequestOutput
 from .planned_engine import PlannedEngine
 from .planner import PlannedRun
-from .prompts import Prompt, PromptEncoder
+from .prompts import Prompt, PromptEncoder, portions
 from .requests import Request, check_prompt
 from .run_size import RunSize
 from .sampler import Sampler
@@ -139,10 +139,11 @@ class LLM:
         """
         listed = _as_list(prompts)
         params = self._params(sampling_params, len(listed))
-        made = self.make_requests([(str(number), prompt, params[number], number) for number, prompt in enumerate(listed)])
-        if refused := [each for each in made if isinstance(each, InflashError)]:
-            raise refused[0]
-        requests = [each for each in made if isinstance(each, Request)]
+        requests: list[Request] = []
+        for made in self.make_requests((str(number), prompt, params[number], number) for number, prompt in enumerate(listed)):
+            if isinstance(made, InflashError):
+                raise made
+            requests.append(made)
         outputs = {output.request_id: output for output in self.stream(requests)}
         for output in outputs.values():
             for completion in output.outputs:
@@ -158,20 +159,21 @@ class LLM:
         """
         return self._request(request_id, *self._prompts.encode(prompt), params, number)
 
-    def make_requests(self, asked: Sequence[tuple[str, Prompt, SamplingParams, int]]) -> list[Request | InflashError]:
+    def make_requests(self, asked: Iterable[tuple[str, Prompt, SamplingParams, int]]) -> Iterator[Request | InflashError]:
         """As `make_request` for many, which is faster; in place of one that is refused, why.
+
+        Takes a portion of `asked` at a time (`prompts.portions`), so what is refused for its length is not held for long.
 
         Raises:
           ChatTemplateError, RunError: see `PromptEncoder.encode_all`.
         """
-        encoded = self._prompts.encode_all([prompt for _, prompt, _, _ in asked])
-        made: list[Request | InflashError] = []
-        for (request_id, _, params, number), each in zip(asked, encoded, strict=True):
-            try:
-                made.append(each if isinstance(each, InflashError) else self._request(request_id, *each, params, number))
-            except InflashError as error:
-                made.append(error)
-        return made
+        for portion in portions(asked, lambda each: each[1]):
+            encoded = self._prompts.encode_all([prompt for _, prompt, _, _ in portion])
+            for (request_id, _, params, number), each in zip(portion, encoded, strict=True):
+                try:
+                    yield each if isinstance(each, InflashError) else self._request(request_id, *each, params, number)
+                except InflashError as error:
+                    yield error
 
     def _request(self, request_id: str, text: str | None, token_ids: list[int], params: SamplingParams, number: int) -> Request:
         check_prompt(token_ids, self.config.vocab_size, self.max_model_len)

@@ -6,8 +6,8 @@ template; there only the template's special tokens count, and those that somebod
 
 import re
 import secrets
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..errors import InflashError, RunError
 from ..storage.store import Store
@@ -21,6 +21,27 @@ Prompt = str | Mapping[str, Any] | Sequence[int]
 """A text, {"prompt": text}, {"messages": [{"role", "content"}]}, {"prompt_token_ids": [...]}, or the token ids themselves."""
 
 _KEYS = ("prompt", "prompt_token_ids", "messages")
+
+
+_MOST_TOGETHER = 1 << 18
+"""Characters of texts that are encoded together: the tokenizer takes 60 bytes for each meanwhile."""
+
+Asked = TypeVar("Asked")
+
+
+def portions(asked: Iterable[Asked], prompt: Callable[[Asked], Prompt]) -> Iterator[list[Asked]]:
+    """What may be encoded together, in its order: texts of no more than `_MOST_TOGETHER` characters, or a single one."""
+    portion: list[Asked] = []
+    length = 0
+    for each in asked:
+        size = len(given) if isinstance(given := prompt(each), str) else 0
+        if portion and length + size > _MOST_TOGETHER:
+            yield portion
+            portion, length = [], 0
+        portion.append(each)
+        length += size
+    if portion:
+        yield portion
 
 
 class PromptEncoder:

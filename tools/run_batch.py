@@ -83,6 +83,10 @@ def run(arguments: argparse.Namespace) -> int:
                 problems = error.problems if isinstance(error, BatchFileError) else [(None, str(error))]
                 state.note("failed", errors=[(line, "invalid_request", message) for line, message in problems])
             raise
+        except KeyboardInterrupt:
+            if outputs.fresh and state.job.status == "validating":
+                state.note("cancelled")
+            raise
 
 
 def _read(arguments: argparse.Namespace, store: Store) -> BatchFile:
@@ -252,6 +256,10 @@ def _check_files(arguments: argparse.Namespace) -> None:
     for name, path in paths.items():
         if path is not None and (other := seen.setdefault(path.resolve(), name)) != name:
             raise InflashError(f"{path}: {other} and {name} name the same file; give each its own")
+    if arguments.metrics is not None and not arguments.metrics.parent.is_dir():
+        raise InflashError(
+            f"--metrics {arguments.metrics}: there is no folder {arguments.metrics.parent}; make it, or choose another place"
+        )
     if arguments.json and arguments.output_file == STANDARD_OUTPUT:
         raise InflashError("--json prints to standard output, where -o - writes the results; leave one of them out")
 

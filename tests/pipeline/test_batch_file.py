@@ -166,12 +166,12 @@ def test_all_bad_lines_are_reported_together(tmp_path):
     assert 'custom_id "req-1" is already that of line 2; make it unique' in str(caught.value)
 
 
-def test_of_very_many_bad_lines_twenty_are_shown(tmp_path):
-    with pytest.raises(InflashError, match="70 bad lines") as caught:
-        read_batch(write(tmp_path, *[b"{"] * 70))
+def test_of_very_many_bad_lines_twenty_are_explained_and_all_are_numbered(tmp_path):
+    with pytest.raises(InflashError, match="72 bad lines") as caught:
+        read_batch(write(tmp_path, *[b"{"] * 70, with_line(), b"[]", with_line()))
     lines = str(caught.value).splitlines()
     assert len(lines) == 22
-    assert lines[-1].strip() == "... and 50 more"
+    assert lines[-1].strip() == "... and 52 more, lines 21-70, 72-73"
 
 
 @pytest.mark.parametrize("content", [b"", b"\n \n\r\n\t\n", b"\xef\xbb\xbf"])

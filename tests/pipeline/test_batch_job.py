@@ -107,3 +107,15 @@ def test_results_that_nobody_knows_the_origin_of_are_not_added_to(path, content)
         job_path(path).write_text(content)
     with pytest.raises(InflashError, match=r"out\.jsonl\.job\.json.* cannot be read.*--no-resume"):
         resumed_job(job_of(path), path)
+
+
+def test_failures_in_an_error_file_are_not_forgotten_when_it_is_left_out(path):
+    errors, other = path.with_name("errors.jsonl"), path.with_name("other.jsonl")
+    path.write_text("a result")
+    job_of(path, error_file_id=str(errors)).now("completed").write(path)
+    assert resumed_job(job_of(path), path).total == 4, "nothing had failed"
+    errors.write_text("a failure")
+    assert resumed_job(job_of(path, error_file_id=str(errors.parent / "." / errors.name)), path).total == 4
+    for now, told in ((None, "none"), (str(other), "other.jsonl")):
+        with pytest.raises(InflashError, match=rf"error-file \(was .*errors.jsonl, is .*{told}\); run as before"):
+            resumed_job(job_of(path, error_file_id=now), path)

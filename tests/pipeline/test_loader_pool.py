@@ -192,9 +192,9 @@ def test_a_loader_that_nothing_ends_cannot_hold_up_closing(neurons, monkeypatch:
 
 
 def test_only_a_disk_that_gives_nothing_counts_as_hanging(neurons, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loader_pool, "_STALL_S", 0.1)  # it is looked at once a second
     with bench(neurons[0], loaders=1) as b, ThreadPoolExecutor(1) as engine:
-        b.scatter(0, [0], [0])
+        b.scatter(0, [0], [0])  # it has started, which may take seconds
+        monkeypatch.setattr(loader_pool, "_STALL_S", 0.1)  # it is looked at once a second
         os.kill(b.pool.process_ids[0], signal.SIGSTOP)
         waiting = engine.submit(b.pool.wait, b.pool.scatter(0, np.arange(500), np.arange(500), b.slots_at))
         deadline = time.monotonic() + 3.5

@@ -14,7 +14,7 @@ from tokenizers import AddedToken, Tokenizer
 
 from inflash.errors import InflashError
 from inflash.pipeline.chat_template import ChatTemplateError
-from inflash.pipeline.prompts import ChatTokens, PromptEncoder
+from inflash.pipeline.prompts import ChatTokens, PromptEncoder, portions
 
 CHATML = """\
 {% for message in messages %}{{ '<|im_start|>' + message.role + '\n' + message.content | trim + '<|im_end|>\n' }}{% endfor %}
@@ -174,3 +174,14 @@ def test_a_template_that_is_of_no_use_is_tried_once_for_all_chats(encoder: Promp
     (tmp_path / "chat_template.jinja").write_text("{% for message in messages %}")
     with pytest.raises(ChatTemplateError, match="the chat template is broken"):
         encoder.encode_all(["sea", chat("Hello"), chat("you")])
+
+
+@given(st.lists(st.one_of(st.integers(0, 9), st.text(max_size=7), st.just("x" * 30))), st.integers(1, 20))
+def test_what_is_encoded_together_is_bounded(prompts: list[Any], most: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("inflash.pipeline.prompts._MOST_TOGETHER", most)
+        found = list(portions(iter(prompts), lambda each: each))
+    assert [each for portion in found for each in portion] == prompts and all(found)
+    for portion in found:
+        sizes = [len(each) for each in portion if isinstance(each, str) and each]
+        assert sum(sizes) <= most or len(sizes) == 1

@@ -336,6 +336,38 @@ def test_a_store_that_cannot_be_read_or_a_dead_loader_ends_the_job_which_goes_on
     assert job(tmp_path).failed_at is None
 
 
+def test_a_run_that_is_ended_while_it_reads_its_input_is_cancelled(store: Store, tmp_path: Path) -> None:
+    words = [
+        sys.executable,
+        "-m",
+        "inflash.tools.cli",
+        "run-batch",
+        "-i",
+        "-",
+        "-o",
+        str(tmp_path / "out.jsonl"),
+        "--model",
+        str(store.path),
+    ]
+    process = subprocess.Popen(words, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + WAIT_S
+    while not (tmp_path / "out.jsonl.job.json").exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=WAIT_S)
+    assert (process.returncode, job(tmp_path).status) == (130, "cancelled"), errors
+    assert "Traceback" not in errors
+
+
+def test_a_folder_for_metrics_that_is_missing_is_found_at_once(
+    store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_requests(tmp_path / "in.jsonl", completions([[FIRST_BYTE]], max_tokens=2))
+    assert cli.main([*command(tmp_path, store), "--metrics", str(tmp_path / "nowhere" / "m.prom")]) == 2
+    assert "there is no folder" in capsys.readouterr().err
+    assert not (tmp_path / "out.jsonl").exists() and not (tmp_path / "out.jsonl.job.json").exists()
+
+
 def test_whatever_ends_a_run_the_next_one_goes_on(store: Store, tmp_path: Path) -> None:
     prompts = [[FIRST_BYTE + number % 100] for number in range(3000)]
     write_requests(tmp_path / "in.jsonl", completions(prompts, max_tokens=2))
