@@ -84,7 +84,11 @@ class PromptEncoder:
           ChatTemplateError, RunError: what every other chat would meet, too.
         """
         texts = [prompt for prompt in prompts if isinstance(prompt, str) and prompt] if self.tokenizer else []
-        encodings = iter(self._needed_tokenizer().encode_batch(texts) if texts else ())
+        tokenizer = self._needed_tokenizer() if texts else None
+        # One by itself is left to this thread: it may be long, and what the tokenizer's threads once took they keep.
+        encodings = (
+            iter(tokenizer.encode_batch(texts) if len(texts) > 1 else map(tokenizer.encode, texts)) if tokenizer else iter(())
+        )
         encoded: list[tuple[str | None, list[int]] | InflashError] = []
         for prompt in prompts:
             try:
