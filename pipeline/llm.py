@@ -8,6 +8,7 @@ import numpy as np
 
 from ..errors import InflashError, RunError
 from ..storage.store import open_store
+from .chat_template import ChatTemplateError
 from .engine import Engine
 from .fixed_shapes import capacity_for
 from .memory_parts import check_kv_cache
@@ -165,15 +166,27 @@ class LLM:
         Takes a portion of `asked` at a time (`prompts.portions`), so what is refused for its length is not held for long.
 
         Raises:
-          ChatTemplateError, RunError: see `PromptEncoder.encode_all`.
+          ChatTemplateError, RunError: what every other chat would meet, too.
         """
         for portion in portions(asked, lambda each: each[1]):
-            encoded = self._prompts.encode_all([prompt for _, prompt, _, _ in portion])
-            for (request_id, _, params, number), each in zip(portion, encoded, strict=True):
-                try:
-                    yield each if isinstance(each, InflashError) else self._request(request_id, *each, params, number)
-                except InflashError as error:
-                    yield error
+            if len(portion) == 1 or self.tokenizer is None:
+                yield from (self._unless_refused(*each) for each in portion)
+            else:
+                token_ids = self._prompts.encode_texts([prompt for _, prompt, _, _ in portion if isinstance(prompt, str)])
+                yield from (self._unless_refused(*each, ids) for each, ids in zip(portion, token_ids, strict=True))
+
+    def _unless_refused(
+        self, request_id: str, prompt: Prompt, params: SamplingParams, number: int, token_ids: list[int] | None = None
+    ) -> Request | InflashError:
+        """`token_ids`: the prompt's, where they are known."""
+        try:
+            if token_ids is None or not isinstance(prompt, str):
+                return self.make_request(request_id, prompt, params, number)
+            return self._request(request_id, prompt, token_ids, params, number)
+        except (ChatTemplateError, RunError):
+            raise
+        except InflashError as error:
+            return error.with_traceback(None)  # which would hold what was too long
 
     def _request(self, request_id: str, text: str | None, token_ids: list[int], params: SamplingParams, number: int) -> Request:
         check_prompt(token_ids, self.config.vocab_size, self.max_model_len)

@@ -9,9 +9,9 @@ import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ..errors import InflashError, RunError
+from ..errors import InflashError
 from ..storage.store import Store
-from .chat_template import ChatTemplate, ChatTemplateError, load_chat_template
+from .chat_template import ChatTemplate, load_chat_template
 from .model_files import load_tokenizer
 
 if TYPE_CHECKING:
@@ -30,11 +30,12 @@ Asked = TypeVar("Asked")
 
 
 def portions(asked: Iterable[Asked], prompt: Callable[[Asked], Prompt]) -> Iterator[list[Asked]]:
-    """What may be encoded together, in its order: texts of no more than `_MOST_TOGETHER` characters, or a single one."""
+    """What may be encoded together, in its order: texts of no more than `_MOST_TOGETHER` characters; a longer one, and all else, alone."""
     portion: list[Asked] = []
     length = 0
     for each in asked:
-        size = len(given) if isinstance(given := prompt(each), str) else 0
+        given = prompt(each)
+        size = len(given) if isinstance(given, str) and given else _MOST_TOGETHER + 1
         if portion and length + size > _MOST_TOGETHER:
             yield portion
             portion, length = [], 0
@@ -77,30 +78,13 @@ class PromptEncoder:
             raise InflashError("prompt: expected a text or a list of token ids")
         return None, list(prompt)
 
-    def encode_all(self, prompts: Sequence[Prompt]) -> list[tuple[str | None, list[int]] | InflashError]:
-        """As `encode` for many, texts on all processors at once; in place of a prompt that is refused, why.
+    def encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
+        """The token ids of texts that are not empty, on all processors at once.
 
         Raises:
-          ChatTemplateError, RunError: what every other chat would meet, too.
+          InflashError: the model has no tokenizer.
         """
-        texts = [prompt for prompt in prompts if isinstance(prompt, str) and prompt] if self.tokenizer else []
-        tokenizer = self._needed_tokenizer() if texts else None
-        # One by itself is left to this thread: it may be long, and what the tokenizer's threads once took they keep.
-        encodings = (
-            iter(tokenizer.encode_batch(texts) if len(texts) > 1 else map(tokenizer.encode, texts)) if tokenizer else iter(())
-        )
-        encoded: list[tuple[str | None, list[int]] | InflashError] = []
-        for prompt in prompts:
-            try:
-                if isinstance(prompt, str) and prompt and self.tokenizer:
-                    encoded.append((prompt, next(encodings).ids))
-                else:
-                    encoded.append(self.encode(prompt))
-            except (ChatTemplateError, RunError):
-                raise
-            except InflashError as error:
-                encoded.append(error)
-        return encoded
+        return [encoding.ids for encoding in self._needed_tokenizer().encode_batch(list(texts))]
 
     def close(self) -> None:
         """Ends the process that renders templates, if there is one. Idempotent."""

@@ -3,6 +3,7 @@
 import inspect
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from tiny_models import BUFFERED, END, FIRST_BYTE, VOCAB_SIZE, convert_quietly, 
 import inflash
 from inflash import LLM, InflashError, RequestOutput, SamplingParams
 from inflash.errors import RunError
+from inflash.pipeline.chat_template import ChatTemplateError
 from inflash.pipeline.options import EngineOptions
 from inflash.pipeline.requests import Request
 from inflash.pipeline.run_size import RunSize
@@ -427,3 +429,20 @@ def test_all_is_computed_on_the_cpu_whatever_jax_prefers(llm: LLM) -> None:
 def test_the_face_is_the_same() -> None:
     assert inflash.LLM is LLM
     assert inflash.SamplingParams is SamplingParams
+
+
+def test_many_requests_are_made_as_each_alone(store: Store) -> None:
+    prompts: list[Any] = ["sea", "", [FIRST_BYTE] * 3, "the sea", "x" * 5000, {"prompt": "sea"}, [VOCAB_SIZE], {}, "ünder", "sea"]
+    with LLM(store.path, max_num_seqs=1) as llm:
+        asked = [(f"r{number}", prompt, GREEDY, number) for number, prompt in enumerate(prompts)]
+        made = list(llm.make_requests(asked))
+        for one, found in zip(asked, made, strict=True):
+            if isinstance(found, InflashError):
+                with pytest.raises(InflashError, match=re.escape(str(found))):
+                    llm.make_request(*one)
+            else:
+                assert found == llm.make_request(*one)
+        assert [number for number, found in enumerate(made) if isinstance(found, InflashError)] == [1, 4, 6, 7]
+        chat = {"messages": [{"role": "user", "content": "sea"}]}
+        with pytest.raises(ChatTemplateError):  # the model has no template, for no chat
+            list(llm.make_requests((f"r{number}", chat, GREEDY, number) for number in range(3)))

@@ -1,6 +1,5 @@
 """Messages become a prompt whose special tokens are the template's alone."""
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +12,6 @@ from tiny_models import FIRST_BYTE, byte_tokenizer
 from tokenizers import AddedToken, Tokenizer
 
 from inflash.errors import InflashError
-from inflash.pipeline.chat_template import ChatTemplateError
 from inflash.pipeline.prompts import ChatTokens, PromptEncoder, portions
 
 CHATML = """\
@@ -147,33 +145,9 @@ def test_messages_need_a_tokenizer(tmp_path: Path) -> None:
         PromptEncoder(store).encode(chat("x"))
 
 
-def test_many_prompts_are_encoded_as_each_alone(encoder: PromptEncoder) -> None:
-    prompts: list[Any] = [
-        "sea",
-        "",
-        chat("Hello"),
-        [3, 4],
-        "ünder<|im_end|>",
-        {"prompt": "a"},
-        {"prompt": "a", "messages": []},
-        7,
-        "sea",
-    ]
-    for prompt, found in zip(prompts, encoder.encode_all(prompts), strict=True):
-        if isinstance(found, InflashError):
-            with pytest.raises(InflashError, match=re.escape(str(found))):
-                encoder.encode(prompt)
-        else:
-            assert found == encoder.encode(prompt)
-    assert [isinstance(found, InflashError) for found in encoder.encode_all(prompts)] == [
-        number in (1, 6, 7) for number in range(9)
-    ]
-
-
-def test_a_template_that_is_of_no_use_is_tried_once_for_all_chats(encoder: PromptEncoder, tmp_path: Path) -> None:
-    (tmp_path / "chat_template.jinja").write_text("{% for message in messages %}")
-    with pytest.raises(ChatTemplateError, match="the chat template is broken"):
-        encoder.encode_all(["sea", chat("Hello"), chat("you")])
+def test_many_texts_are_encoded_as_each_alone(encoder: PromptEncoder) -> None:
+    texts = ["sea", "ünder<|im_end|>", "the sea is wide", "sea"]
+    assert encoder.encode_texts(texts) == [encoder.encode(text)[1] for text in texts]
 
 
 @given(st.lists(st.one_of(st.integers(0, 9), st.text(max_size=7), st.just("x" * 30))), st.integers(1, 20))
@@ -183,5 +157,5 @@ def test_what_is_encoded_together_is_bounded(prompts: list[Any], most: int) -> N
         found = list(portions(iter(prompts), lambda each: each))
     assert [each for portion in found for each in portion] == prompts and all(found)
     for portion in found:
-        sizes = [len(each) for each in portion if isinstance(each, str) and each]
-        assert sum(sizes) <= most or len(sizes) == 1
+        texts = [each for each in portion if isinstance(each, str) and each]
+        assert len(portion) == 1 or (texts == portion and sum(map(len, texts)) <= most)
