@@ -1,6 +1,6 @@
 """From logits to token ids, one call a token for the whole batch.
 
-Axes: B batch rows, V vocabulary, S suppressed ids (padded), K most likely tokens.
+Axes: B batch rows, V vocabulary, S suppressed or biased ids (padded), K most likely tokens.
 
 Three ways to choose, from cheap to dear: `greedy`, `sample` (temperature alone) and `sample_filtered` (top-k, top-p, min-p). A
 row gets the same token from the dearer function as from the cheaper one when its own parameters ask for nothing more, so that a
@@ -166,6 +166,22 @@ def suppress(logits: jax.Array, token_ids: jax.Array) -> jax.Array:
     """
     rows = jnp.arange(logits.shape[0])[:, None]
     return logits.at[rows, token_ids].set(-jnp.inf, mode="drop")
+
+
+@jax.jit
+def bias(logits: jax.Array, token_ids: jax.Array, biases: jax.Array) -> jax.Array:
+    """Makes single tokens more or less likely.
+
+    Args:
+      logits: [B, V] f32.
+      token_ids: [B, S] int32, none twice in a row; V fills the places of rows that bias fewer.
+      biases: [B, S] f32.
+
+    Returns:
+      [B, V] f32, each bias added at its id.
+    """
+    rows = jnp.arange(logits.shape[0])[:, None]
+    return logits.at[rows, token_ids].add(biases, mode="drop")
 
 
 @partial(jax.jit, static_argnames="k")

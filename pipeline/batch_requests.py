@@ -6,23 +6,30 @@ from typing import Any
 
 from ..errors import InflashError
 from .batch_json import check_encodable, check_known, shown, text_field
+from .prompts import NEW_DOCUMENT, Prompt
 from .sampling_params import MAX_LOGPROBS, MAX_TOKENS, SamplingParams
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 URLS = (COMPLETIONS, CHAT)
+MAX_PROMPTS = 2048
+"""That a line may have: its answer is held until the last of them is finished."""
+
 ROLES = ("system", "developer", "user", "assistant")
 LINE_FIELDS = ("custom_id", "method", "url", "body")
 SAMPLING_FIELDS = tuple(field.name for field in fields(SamplingParams))
-INERT_FIELDS = ("model", "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key")
+INERT_FIELDS = (
+    *("model", "user", "metadata", "store", "service_tier", "safety_identifier"),
+    *("prompt_cache_key", "prompt_cache_options", "prompt_cache_retention"),
+)
 """What does not change a text, whatever it says; `model` and `user` should be strings."""
 
+_PROMPT = "a string or a list of token ids"
 _WHOLE = "results come whole, when the request is finished"
 _NO_TOOLS = "no tools are called"
 _TEXT_ONLY = "answers are text"
 _REFUSED: dict[str, tuple[str, tuple[Any, ...]]] = {  # why it is refused, and the values that ask for nothing
     "stream": (_WHOLE, (None, False)),
     "stream_options": (_WHOLE, (None,)),
-    "logit_bias": ("single tokens cannot be favoured", (None, {})),
 }
 _REFUSED_COMPLETIONS: dict[str, tuple[str, tuple[Any, ...]]] = {
     **_REFUSED,
@@ -44,6 +51,7 @@ _REFUSED_CHAT: dict[str, tuple[str, tuple[Any, ...]]] = {
     "reasoning_effort": ("there is no separate reasoning", (None,)),
     "verbosity": ("length is bounded by max_completion_tokens only", (None,)),
     "web_search_options": ("nothing is looked up", (None,)),
+    "moderation": ("nothing is moderated", (None,)),
 }
 _FIELDS = {
     COMPLETIONS: ("prompt", *INERT_FIELDS, *SAMPLING_FIELDS, *_REFUSED_COMPLETIONS),
@@ -63,15 +71,15 @@ class BatchRequest:
       line: its line number, from 1.
       url: one of URLS.
       model: the name that the line gives; None where it gives none.
-      prompt: text, token ids (not yet checked against a vocabulary), or {"messages": [...]}.
-      sampling_params: how to continue it.
+      prompts: a chat's {"messages": [...]}, or a completion's texts, token ids (not yet checked against a vocabulary) or NEW_DOCUMENT.
+      sampling_params: how to continue each of them.
     """
 
     custom_id: str
     line: int
     url: str
     model: str | None
-    prompt: str | tuple[int, ...] | Mapping[str, list[Message]]
+    prompts: tuple[Prompt, ...]
     sampling_params: SamplingParams
 
 
@@ -118,7 +126,7 @@ def parse_request(
         line=line,
         url=url,
         model=body.get("model"),
-        prompt={"messages": _messages(body.get("messages"))} if chat else _prompt(body.get("prompt")),
+        prompts=({"messages": _messages(body.get("messages"))},) if chat else _prompts(body),
         sampling_params=params,
     )
 
@@ -193,19 +201,29 @@ def _content(content: Any, where: str) -> str:
     return content
 
 
-def _prompt(prompt: Any) -> str | tuple[int, ...]:
+def _prompts(body: dict[str, Any]) -> tuple[Prompt, ...]:
+    """What a completion continues: one prompt, or a list of them."""
+    if "prompt" not in body:
+        raise InflashError(f"prompt should be {_PROMPT}, or a list of prompts, found nothing; null begins a new document")
+    prompt = body["prompt"]
+    if prompt is None:
+        return (NEW_DOCUMENT,)
+    if not isinstance(prompt, list) or not prompt or not isinstance(prompt[0], (str, list)):
+        return (_prompt(prompt, "prompt"),)
+    if len(prompt) > MAX_PROMPTS:
+        raise InflashError(f"prompt should be a list of at most {MAX_PROMPTS} prompts, found {len(prompt)}; make lines of them")
+    return tuple(_prompt(each, f"prompt[{place}]") for place, each in enumerate(prompt))
+
+
+def _prompt(prompt: Any, where: str) -> Prompt:
     if isinstance(prompt, str):
-        check_encodable(prompt, "prompt")
-        if prompt:
-            return prompt
-    elif isinstance(prompt, list) and prompt and all(isinstance(item, (str, list)) for item in prompt):
-        raise InflashError("prompt is a list of prompts, of which a line takes one; give each its own line and custom_id")
-    elif isinstance(prompt, list):
-        for place, token in enumerate(prompt):
-            if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < 2**31:
-                raise InflashError(f"prompt[{place}] should be a token id (an integer of at least 0), found {shown(token)}")
-        if prompt:
-            return tuple(prompt)
-    else:
-        raise InflashError(f"prompt should be a string or a list of token ids, found {shown(prompt)}")
-    raise InflashError("prompt should not be empty")
+        check_encodable(prompt, where)
+        return prompt or NEW_DOCUMENT
+    if not isinstance(prompt, list):
+        raise InflashError(f"{where} should be {_PROMPT}, found {shown(prompt)}")
+    if not prompt:
+        raise InflashError(f"{where} should not be an empty list")
+    for place, token in enumerate(prompt):
+        if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < 2**31:
+            raise InflashError(f"{where}[{place}] should be a token id (an integer of at least 0), found {shown(token)}")
+    return tuple(prompt)

@@ -1,6 +1,7 @@
 """The result lines of a batch run, in OpenAI's forms: answers, refusals and failures."""
 
 import uuid
+from collections.abc import Sequence
 from typing import Any
 
 from .batch_requests import CHAT
@@ -10,31 +11,35 @@ LEAST_LOGPROB = -9999.0  # JSON has no infinity; vLLM writes this
 
 
 def success_line(
-    custom_id: str, output: RequestOutput, model: str, created: int, url: str, top_logprobs: int = 0
+    custom_id: str, outputs: Sequence[RequestOutput], model: str, created: int, url: str, top_logprobs: int = 0
 ) -> dict[str, Any]:
     """The result of a request that ran.
 
     Args:
       custom_id: the request's own name.
-      output: what the engine gave back.
+      outputs: what the engine gave back, one for each of its prompts.
       model: the name to report.
       created: Unix time in seconds.
       url: the endpoint, which decides the form.
       top_logprobs: how many of the likeliest tokens the request asked for.
     """
     chat = url == CHAT
-    completion_tokens = sum(len(completion.token_ids) for completion in output.outputs)
+    completions = [completion for output in outputs for completion in output.outputs]
+    prompt_tokens = sum(len(output.prompt_token_ids) for output in outputs)
+    completion_tokens = sum(len(completion.token_ids) for completion in completions)
     body = {
         "id": f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}",
         "object": "chat.completion" if chat else "text_completion",
         "created": created,
         "model": model,
-        "choices": [_chat_choice(each, top_logprobs) if chat else _choice(each) for each in output.outputs],
+        "choices": [
+            _chat_choice(index, each, top_logprobs) if chat else _choice(index, each) for index, each in enumerate(completions)
+        ],
         "usage": {
-            "prompt_tokens": len(output.prompt_token_ids),
+            "prompt_tokens": prompt_tokens,
             "completion_tokens": completion_tokens,
-            "total_tokens": len(output.prompt_token_ids) + completion_tokens,
-            "prompt_tokens_details": {"cached_tokens": output.num_cached_tokens or 0},
+            "total_tokens": prompt_tokens + completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": sum(output.num_cached_tokens or 0 for output in outputs)},
         },
     }
     return _line(custom_id, {"status_code": 200, "request_id": f"req_{uuid.uuid4().hex}", "body": body}, None)
@@ -62,20 +67,20 @@ def _line(custom_id: str, response: dict[str, Any] | None, error: dict[str, Any]
     return {"id": f"batch_req_{uuid.uuid4().hex}", "custom_id": custom_id, "response": response, "error": error}
 
 
-def _choice(completion: CompletionOutput) -> dict[str, Any]:
+def _choice(index: int, completion: CompletionOutput) -> dict[str, Any]:
     logprobs = None if completion.logprobs is None else _logprobs(completion.token_ids, completion.logprobs)
     return {
-        "index": completion.index,
+        "index": index,
         "text": completion.text,
         "logprobs": logprobs,
         "finish_reason": completion.finish_reason,
     }
 
 
-def _chat_choice(completion: CompletionOutput, top_logprobs: int) -> dict[str, Any]:
+def _chat_choice(index: int, completion: CompletionOutput, top_logprobs: int) -> dict[str, Any]:
     places = completion.logprobs
     return {
-        "index": completion.index,
+        "index": index,
         "message": {"role": "assistant", "content": completion.text, "refusal": None},
         "logprobs": None if places is None else _chat_logprobs(completion.token_ids, places, top_logprobs),
         "finish_reason": completion.finish_reason,

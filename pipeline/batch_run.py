@@ -1,7 +1,9 @@
 """The middle of a batch run: requests in, result lines out, until all are answered or somebody wants an end."""
 
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,6 +28,14 @@ _TOO_LONG = "memory: prompt and answer may have {} tokens together, and there is
 _LISTEN_S = 0.5  # how soon a paused run hears that it is to end
 
 
+@dataclass(slots=True, kw_only=True)
+class _Answer:
+    """What a line that was begun has so far: one output for each of its prompts, None for what is not finished."""
+
+    top_logprobs: int
+    outputs: list[RequestOutput | None]
+
+
 class BatchRun:
     """Answers the requests of a batch file that have no answer yet.
 
@@ -47,7 +57,8 @@ class BatchRun:
         """
         self._llm, self._batch, self._done, self._writer, self._model = llm, batch, done, writer, model
         self._refusals: dict[int, str] = {}
-        self._running: dict[str, int] = {}  # custom_id to the number of logprobs asked for
+        self._begun: dict[str, _Answer] = {}  # by custom_id
+        self._partly_begun = False  # the line that was begun last has more prompts
         self._longest = 0  # that memory has room for
         self.completed = self.refused = self.failed = 0
         self.draining = False
@@ -59,7 +70,7 @@ class BatchRun:
 
     @property
     def in_flight(self) -> int:
-        return len(self._running)
+        return len(self._begun)
 
     @property
     def waiting(self) -> int:
@@ -76,8 +87,8 @@ class BatchRun:
         """
         size = RunSize()
         for group in in_groups(map(int, np.flatnonzero(~self._done)), self._make):
-            for _, request in group:
-                if request is not None:
+            for _, requests in group:
+                for request in requests or ():
                     size.add(len(request.prompt_token_ids), request.sampling_params)
                 on_request()
         if size.num_sequences:
@@ -92,49 +103,60 @@ class BatchRun:
           on_tokens, on_request: told of every step's tokens, and of every answer.
         """
         outputs = self._llm.stream(
-            self._requests(on_request), on_tokens, size=size, ready=lambda: self._writer.ready and not self.draining
+            self._requests(on_request),
+            on_tokens,
+            size=size,
+            ready=lambda: self._writer.ready and (self._partly_begun or not self.draining),
         )
         for output in outputs:
-            self._answer(output)
-            on_request()
+            if self._answered(output):
+                on_request()
         for _ in self._requests(on_request):  # where nothing could be run, what is left are refusals
             raise AssertionError("a request was left over")
 
-    def _make(self, indices: Sequence[int]) -> list[Request | None]:
-        """None for those that are refused; a chat that could be rendered when it was measured may be so at its turn."""
+    def _make(self, indices: Sequence[int]) -> list[list[Request] | None]:
+        """None for lines that are refused; a chat that could be rendered when it was measured may be so at its turn."""
         open_ones = [index for index in indices if index not in self._refusals]
-        made: dict[int, Request] = {}
-        for index, each in zip(open_ones, self._llm.make_requests(map(self._asked, open_ones)), strict=True):
-            if isinstance(each, InflashError):
-                self._refusals[index] = str(each)
-            else:
-                made[index] = each
-        return [made.get(index) for index in indices]
+        made: dict[int, list[Request]] = {index: [] for index in open_ones}
+        places: list[tuple[int, str]] = []
 
-    def _asked(self, index: int) -> tuple[str, Prompt, SamplingParams, int]:
-        entry = self._batch.request(index)
-        return entry.custom_id, entry.prompt, entry.sampling_params, index
+        def asked() -> Iterator[tuple[str, Prompt, SamplingParams, int]]:
+            for index in open_ones:
+                entry = self._batch.request(index)
+                for place, prompt in enumerate(entry.prompts):
+                    places.append((index, f"prompt[{place}]" if len(entry.prompts) > 1 else "prompt"))
+                    yield f"{place}:{entry.custom_id}", prompt, entry.sampling_params, index + place * len(self._batch)
+
+        for each, (index, where) in zip(self._llm.make_requests(asked()), places, strict=True):  # places grow with what is asked
+            if not isinstance(each, InflashError):
+                made[index].append(each)
+            elif index not in self._refusals:
+                self._refusals[index] = re.sub("^prompt:", f"{where}:", str(each))
+        return [None if index in self._refusals else made[index] for index in indices]
 
     def _requests(self, on_request: Callable[[], object]) -> Iterator[Request]:
         """What can be run, one by one, like prompts together; refuses the rest. Waits while no more results can be kept."""
-        for index, request in alike_together(map(int, np.flatnonzero(~self._done)), self._make):
+        for index, requests in alike_together(map(int, np.flatnonzero(~self._done)), self._make):
             while not self.draining and not self._writer.wait_ready(_LISTEN_S):
                 pass
             if self.draining:
                 return
             self._done[index] = True
-            if request is None:
+            if requests is None:
                 self.refused += 1
                 self._writer.write(self._refusal(index), succeeded=False)
                 on_request()
                 continue
-            length = min(len(request.prompt_token_ids) + request.sampling_params.max_tokens, self._llm.max_model_len)
-            if length > self._longest:
-                self._fail(request.request_id, "out_of_memory", _TOO_LONG.format(length, self._longest))
+            custom_id, params = requests[0].request_id.partition(":")[2], requests[0].sampling_params
+            length = max(len(request.prompt_token_ids) for request in requests) + params.max_tokens
+            if (length := min(length, self._llm.max_model_len)) > self._longest:
+                self._fail(custom_id, "out_of_memory", _TOO_LONG.format(length, self._longest))
                 on_request()
                 continue
-            self._running[request.request_id] = request.sampling_params.logprobs or 0
-            yield request
+            self._begun[custom_id] = _Answer(top_logprobs=params.logprobs or 0, outputs=[None] * len(requests))
+            for place, request in enumerate(requests, 1):
+                self._partly_begun = place < len(requests)
+                yield request
 
     def _refusal(self, index: int) -> dict[str, Any]:
         message = self._refusals.pop(index)
@@ -143,15 +165,24 @@ class BatchRun:
             field = "messages" if self._batch.url == CHAT else "prompt"
         return refused_line(self._batch.request(index).custom_id, message, param=field)
 
-    def _answer(self, output: RequestOutput) -> None:
-        asked = self._running.pop(output.request_id)
-        failure = next((completion.failure for completion in output.outputs if completion.failure), None)
-        if failure is None:
-            self.completed += 1
-            line = success_line(output.request_id, output, self._model, int(time.time()), self._batch.url, top_logprobs=asked)
-            self._writer.write(line, succeeded=True)
-        else:
-            self._fail(output.request_id, "model_error", failure)
+    def _answered(self, output: RequestOutput) -> bool:
+        """Keeps what became of a prompt; writes the line's result, and says so, with its last one."""
+        place, _, custom_id = output.request_id.partition(":")
+        answer = self._begun[custom_id]
+        answer.outputs[int(place)] = output
+        outputs = [output for output in answer.outputs if output is not None]
+        if len(outputs) < len(answer.outputs):
+            return False
+        del self._begun[custom_id]
+        completions = (completion for output in outputs for completion in output.outputs)
+        failure = next((completion.failure for completion in completions if completion.failure), None)
+        if failure is not None:
+            self._fail(custom_id, "model_error", failure)
+            return True
+        self.completed += 1
+        line = success_line(custom_id, outputs, self._model, int(time.time()), self._batch.url, answer.top_logprobs)
+        self._writer.write(line, succeeded=True)
+        return True
 
     def _fail(self, custom_id: str, code: str, reason: str) -> None:
         self.failed += 1

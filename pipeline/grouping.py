@@ -10,26 +10,29 @@ from itertools import islice
 from .requests import Request
 
 GROUP_SIZE = 128
-"""Requests that are put in order at a time, and kept for it: so many may begin before one that came before them."""
+"""Lines that are put in order at a time, and kept for it: so many may begin before one that came before them."""
 
 
-Make = Callable[[Sequence[int]], Sequence[Request | None]]
-"""From indices to their requests; None: one cannot run."""
+Line = Sequence[Request] | None
+"""The requests of a batch's line; None: it cannot run."""
+
+Make = Callable[[Sequence[int]], Sequence[Line]]
+"""From the indices of lines to what they ask."""
 
 
-def in_groups(indices: Iterable[int], make: Make) -> Iterator[list[tuple[int, Request | None]]]:
-    """Requests by their indices, `GROUP_SIZE` at a time."""
+def in_groups(indices: Iterable[int], make: Make) -> Iterator[list[tuple[int, Line]]]:
+    """Lines by their indices, `GROUP_SIZE` at a time."""
     indices = iter(indices)
     while group := list(islice(indices, GROUP_SIZE)):
         yield list(zip(group, make(group), strict=True))
 
 
-def alike_together(indices: Iterable[int], make: Make) -> Iterator[tuple[int, Request | None]]:
-    """Requests by their indices, `GROUP_SIZE` at a time in the order of their prompts' tokens, as words in a dictionary.
+def alike_together(indices: Iterable[int], make: Make) -> Iterator[tuple[int, Line]]:
+    """Lines by their indices, `GROUP_SIZE` at a time in the order of their first prompts' tokens, as words in a dictionary.
 
     Args:
       indices: in the order of the batch.
-      make: of what cannot run, which comes first in its group, there is None.
+      make: what cannot run comes first in its group.
     """
     for made in in_groups(indices, make):
-        yield from sorted(made, key=lambda pair: (list(pair[1].prompt_token_ids) if pair[1] else [], pair[0]))
+        yield from sorted(made, key=lambda pair: (list(pair[1][0].prompt_token_ids) if pair[1] else [], pair[0]))

@@ -192,6 +192,8 @@ class LLM:
         check_prompt(token_ids, self.config.vocab_size, self.max_model_len)
         if bad := [token for token in params.stop_token_ids or () if token >= self.config.vocab_size]:
             raise InflashError(f"stop_token_ids: should be from 0 to {self.config.vocab_size - 1}, found {bad[0]}")
+        if bad := [token for token, _ in params.biases if token >= self.config.vocab_size]:
+            raise InflashError(f"logit_bias: token ids should be from 0 to {self.config.vocab_size - 1}, found {bad[0]}")
         if params.stop_strings and self.tokenizer is None:
             raise InflashError("stop: strings need a tokenizer, which this model has not; give stop_token_ids")
         return Request(request_id=request_id, prompt=text, prompt_token_ids=token_ids, sampling_params=params, number=number)

@@ -7,6 +7,7 @@ template; there only the template's special tokens count, and those that somebod
 import re
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..errors import InflashError
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
 
 Prompt = str | Mapping[str, Any] | Sequence[int]
 """A text, {"prompt": text}, {"messages": [{"role", "content"}]}, {"prompt_token_ids": [...]}, or the token ids themselves."""
+
+NEW_DOCUMENT: Prompt = MappingProxyType({"prompt": None})
+"""No text: the model begins one, after its begin-of-sequence token."""
 
 _KEYS = ("prompt", "prompt_token_ids", "messages")
 
@@ -55,6 +59,7 @@ class PromptEncoder:
     def __init__(self, store: Store) -> None:
         self.tokenizer = load_tokenizer(store)
         self._folder = store.tokenizer_folder
+        self._bos_token_id = store.config.bos_token_id
         self._template: ChatTemplate | None = None
         self._chat: ChatTokens | None = None
 
@@ -70,6 +75,8 @@ class PromptEncoder:
             ((kind, prompt),) = prompt.items()
             if kind == "messages":
                 return self._encode_messages(prompt)
+            if kind == "prompt" and prompt is None:
+                return "", [self._bos_token_id]
         if isinstance(prompt, str):
             if not prompt:
                 raise InflashError("prompt: expected some text, found an empty string")

@@ -97,8 +97,7 @@ class TextGenerator:
         given = row.get("sampling_params") or {}
         if not isinstance(given, Mapping):
             raise InflashError(f"sampling_params should be an object, found {type(given).__name__}")
-        given = {name: value for name, value in given.items() if value is not None}  # Arrow fills in what other rows have
-        params = SamplingParams.from_defaults(self._llm.generation_config, **{**self._given, **given})
+        params = SamplingParams.from_defaults(self._llm.generation_config, **{**self._given, **_filled(given)})
         if params.n != 1:
             raise InflashError(f"sampling_params: n should be 1, for one text a row, found {params.n}")
         if params.seed is None and not params.greedy:
@@ -113,6 +112,12 @@ def _prompt(row: Mapping[str, Any]) -> Prompt:
     if (prompt is None) == (messages is None):
         raise InflashError("expected either prompt or messages in a row, found " + ("neither" if prompt is None else "both"))
     return {"messages": messages} if prompt is None else prompt
+
+
+def _filled(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Without the empty places that Arrow makes for what other rows have."""
+    found = {name: _filled(value) if isinstance(value, Mapping) else value for name, value in given.items()}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def _plain(value: Any) -> Any:

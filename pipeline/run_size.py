@@ -38,7 +38,7 @@ class RunSize:
         self.longest = max(self.longest, length)
         self.lengths[length] += params.n
         kind = (params.greedy, params.filtered, params.penalized, params.logprobs, params.min_tokens > 0)
-        self.kinds.setdefault((*kind, len(params.stop_token_ids or ())), params)
+        self.kinds.setdefault((*kind, len(params.stop_token_ids or ()), len(params.biases)), params)
 
     def up_to(self, longest: int, max_length: int) -> "RunSize":
         """Without the continuations that become longer than `longest`; none becomes longer than `max_length`."""

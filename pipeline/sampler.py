@@ -23,11 +23,12 @@ _sample = jit(sampling.sample)
 _sample_filtered = jit(sampling.sample_filtered)
 _penalize = jit(sampling.penalize)
 _suppress = jit(sampling.suppress)
+_bias = jit(sampling.bias)
 _top_logprobs = jit(sampling.top_logprobs, static_argnames="k")
 _token_logprobs = jit(sampling.token_logprobs)
 _finite_rows = jit(lambda logits: _finite(logits))
 
-_SUPPRESSED = 8  # ids forbidden at once, padded to a multiple of this
+_IDS = 8  # ids forbidden or biased at once are padded to a multiple of this
 _NOT_FINITE = -1  # in the place of a token
 
 
@@ -41,7 +42,7 @@ class Sampler:
 
     def __init__(self, vocab_size: int, seed: int, token_bytes: TokenBytes | None) -> None:
         self._vocab_size, self._seed, self._token_bytes = vocab_size, seed, token_bytes
-        self._most_logprobs = self._forbidden_width = 0
+        self._most_logprobs = self._forbidden_width = self._bias_width = 0
 
     def warm_up(self, num_rows: int, params: Sequence[SamplingParams]) -> None:
         """Compiles the kernels that requests like these will need."""
@@ -67,9 +68,13 @@ class Sampler:
             counts, column = np.zeros(logits.shape, np.int32), np.ones(num_rows, np.float32)
             _penalize(logits, counts, counts, column, column, column)
         if any(p.min_tokens for p in params):
-            longest = max(len(p.stop_token_ids or ()) for p in params) + _SUPPRESSED  # with room for the model's own end tokens
-            self._forbidden_width = -(-longest // _SUPPRESSED) * _SUPPRESSED
+            longest = max(len(p.stop_token_ids or ()) for p in params) + _IDS  # with room for the model's own end tokens
+            self._forbidden_width = _padded(longest)
             _suppress(logits, np.zeros((num_rows, self._forbidden_width), np.int32))
+        if longest := max((len(p.biases) for p in params), default=0):
+            self._bias_width = _padded(longest)
+            shape = (num_rows, self._bias_width)
+            _bias(logits, np.zeros(shape, np.int32), np.zeros(shape, np.float32))
 
     def choose(self, logits: jax.Array, rows: Sequence[tuple[int, Continuation]]) -> dict[int, int]:
         """The next token of each (row, continuation); notes logprobs in those that want them."""
@@ -84,6 +89,8 @@ class Sampler:
         if not rows:
             return {}
         num_rows = logits.shape[0]
+        if any(c.params.logit_bias for _, c in rows):
+            logits = self._biased(logits, rows)
         if any(c.params.penalized for _, c in rows):
             logits = self._penalized(logits, rows)
         if any(c.forbidden_ids() for _, c in rows):
@@ -139,11 +146,20 @@ class Sampler:
 
     def _suppressed(self, logits: jax.Array, rows: Sequence[tuple[int, Continuation]]) -> jax.Array:
         forbidden = {row: continuation.forbidden_ids() for row, continuation in rows}
-        width = max(self._forbidden_width, -(-max(map(len, forbidden.values())) // _SUPPRESSED) * _SUPPRESSED)
+        width = max(self._forbidden_width, _padded(max(map(len, forbidden.values()))))
         token_ids = np.full((logits.shape[0], width), self._vocab_size, np.int32)  # the padding forbids nothing
         for row, ids in forbidden.items():
             token_ids[row, : len(ids)] = ids
         return _suppress(logits, token_ids)
+
+    def _biased(self, logits: jax.Array, rows: Sequence[tuple[int, Continuation]]) -> jax.Array:
+        width = max(self._bias_width, _padded(max(len(c.params.biases) for _, c in rows)))
+        token_ids = np.full((logits.shape[0], width), self._vocab_size, np.int32)  # the padding biases nothing
+        values = np.zeros(token_ids.shape, np.float32)
+        for row, continuation in rows:
+            if biases := continuation.params.biases:
+                token_ids[row, : len(biases)], values[row, : len(biases)] = zip(*biases, strict=True)
+        return _bias(logits, token_ids, values)
 
     def _note_logprobs(self, logits: jax.Array, rows: Sequence[tuple[int, Continuation]], tokens: dict[int, int]) -> None:
         chosen = np.zeros(logits.shape[0], np.int32)
@@ -167,6 +183,10 @@ class Sampler:
 
     def _text(self, token: int) -> str | None:
         return None if self._token_bytes is None else self._token_bytes.text(token)
+
+
+def _padded(count: int) -> int:
+    return -(-count // _IDS) * _IDS
 
 
 def _fail_rows(continuations: Sequence[Continuation]) -> None:

@@ -10,6 +10,7 @@ from ..errors import InflashError
 MAX_N = 64
 MAX_LOGPROBS = 20
 MAX_TOKENS = 2**31 - 1
+MAX_BIASES, MOST_BIAS = 1024, 100
 GENERATION_CONFIG = {  # Hugging Face's name: ours
     "temperature": "temperature",
     "top_p": "top_p",
@@ -40,6 +41,7 @@ class SamplingParams:
       repetition_penalty: divides the likelihood of tokens of prompt and output, 0.001 to 1000; 1 is neutral.
       presence_penalty: subtracted from the logit of tokens of the output, -2 to 2.
       frequency_penalty: subtracted for every occurrence in the output, -2 to 2.
+      logit_bias: {token id: added to its logit, -100 to 100}, before penalties; for up to 1024 tokens. Kept as a tuple of pairs.
 
     Raises:
       InflashError: for a value of the wrong type or out of its range.
@@ -60,6 +62,7 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] | Sequence[tuple[int, float]] | None = None
 
     def __post_init__(self) -> None:
         self._integer("n", 1, MAX_N)
@@ -82,6 +85,7 @@ class SamplingParams:
             raise _wrong("min_tokens", f"at most max_tokens ({self.max_tokens})", self.min_tokens)
         self._set("stop", _stop(self.stop))
         self._set("stop_token_ids", _stop_token_ids(self.stop_token_ids))
+        self._set("logit_bias", _logit_bias(self.logit_bias))
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
@@ -89,6 +93,11 @@ class SamplingParams:
         if self.stop is None:
             return ()
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+    @property
+    def biases(self) -> tuple[tuple[int, float], ...]:
+        """`logit_bias`, always as a tuple."""
+        return tuple(self.logit_bias or ())  # pyright: ignore[reportReturnType] - pairs since it was checked
 
     @property
     def greedy(self) -> bool:
@@ -107,7 +116,7 @@ class SamplingParams:
     @property
     def plain(self) -> bool:
         """Whether the most likely token is all that is asked for."""
-        return self.greedy and not self.penalized and self.logprobs is None and not self.min_tokens
+        return self.greedy and not self.penalized and self.logprobs is None and not self.min_tokens and not self.logit_bias
 
     @classmethod
     def from_defaults(cls, generation_config: Mapping[str, Any], **given: Any) -> "SamplingParams":
@@ -170,6 +179,27 @@ def _stop_token_ids(token_ids: Any) -> tuple[int, ...] | None:
     if not isinstance(token_ids, (list, tuple)) or not all(_is_token_id(token) for token in token_ids):
         raise _wrong("stop_token_ids", "a list of token ids (integers of at least 0)", token_ids)
     return tuple(int(token) for token in token_ids)
+
+
+def _logit_bias(given: Any) -> tuple[tuple[int, float], ...] | None:
+    """Token ids may be strings of digits, as JSON has no other names."""
+    if given is None:
+        return None
+    pairs = list(given.items() if isinstance(given, Mapping) else given) if isinstance(given, (Mapping, list, tuple)) else None
+    if pairs is None or not all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in pairs):
+        raise _wrong("logit_bias", "an object of token ids and biases", given)
+    if len(pairs) > MAX_BIASES:
+        raise _wrong("logit_bias", f"for at most {MAX_BIASES} tokens", len(pairs))
+    biases: dict[int, float] = {}
+    for token, bias in pairs:
+        named = isinstance(token, str) and token.isascii() and token.isdigit() and len(token) <= 10
+        token_id = int(token) if named else token
+        if not _is_token_id(token_id) or token_id in biases:
+            raise _wrong("logit_bias", "an object of token ids (integers of at least 0, each once) and biases", token)
+        if not _is_number(bias, Real) or not -MOST_BIAS <= bias <= MOST_BIAS:
+            raise _wrong(f"logit_bias of token {token_id}", f"a number from {-MOST_BIAS} to {MOST_BIAS}", bias)
+        biases[int(token_id)] = float(bias)
+    return tuple(biases.items())
 
 
 def _is_token_id(token: Any) -> bool:

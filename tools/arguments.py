@@ -28,6 +28,12 @@ def share_or_count(text: str) -> float | int:
     return share
 
 
+def logit_bias(text: str) -> dict[str, float]:
+    """`2=-100,50=3.5` is {"2": -100.0, "50": 3.5}, as JSON would have it."""
+    pairs = [part.split("=") for part in text.split(",")]
+    return {token.strip(): float(bias) for token, bias in pairs}
+
+
 def token_ids(text: str) -> list[int]:
     """`2,50256` is [2, 50256]."""
     return [int(part) for part in text.split(",")]
@@ -172,6 +178,11 @@ SAMPLING_FLAGS: dict[str, dict[str, Any]] = {
         "help": "taken from the logit of a token that was generated before (0.0)",
     },
     "frequency_penalty": {"type": float, "metavar": "X", "help": "the same, once for each time it was generated (0.0)"},
+    "logit_bias": {
+        "type": logit_bias,
+        "metavar": "ID=X,ID=X",
+        "help": "added to the logits of these tokens, -100 (never) to 100 (nearly always)",
+    },
 }
 
 

@@ -214,6 +214,21 @@ def test_suppressed_tokens_never_come(rng):
     assert set(draws(only, 20)) == {4}
 
 
+def test_biases_are_added_to_their_tokens_only(rng):
+    logits = rng.normal(0, 3, (4, V)).astype(np.float32)
+    token_ids = np.array([rng.permutation(V)[:5] for _ in range(4)], np.int32)
+    biases = rng.uniform(-100, 100, (4, 5)).astype(np.float32)
+    expected = logits.astype(np.float64)
+    for row in range(4):
+        for token, added in zip(token_ids[row], biases[row], strict=True):
+            expected[row, token] += added
+    token_ids[1, 3:] = V  # padding
+    expected[1] = logits[1]
+    for token, added in zip(token_ids[1, :3], biases[1, :3], strict=True):
+        expected[1, token] += added
+    np.testing.assert_allclose(sampling.bias(f32(logits), i32(token_ids), f32(biases)), expected, rtol=1e-6, atol=1e-5)
+
+
 @pytest.mark.parametrize("k", [1, 5, 20])
 def test_top_logprobs_match_the_reference(rng, k):
     logits = rng.normal(0, 3, (5, V)).astype(np.float32)

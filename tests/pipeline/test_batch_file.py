@@ -7,10 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from openai.types.chat import completion_create_params as chat_schema
+from openai.types.completion_create_params import CompletionCreateParamsNonStreaming
+from pydantic import TypeAdapter
+from typing_extensions import get_type_hints
 
 from inflash.errors import InflashError, RunError
 from inflash.pipeline.batch_file import MOST_LINE_BYTES, BatchFileError, read_batch
 from inflash.pipeline.batch_requests import BatchRequest
+from inflash.pipeline.prompts import NEW_DOCUMENT
 from inflash.pipeline.sampling_params import MAX_TOKENS, SamplingParams
 
 GOOD = {"custom_id": "req-1", "method": "POST", "url": "/v1/completions", "body": {"model": "m", "prompt": "Once upon"}}
@@ -74,13 +79,21 @@ HOSTILE = {
     "chat's limit": (with_body(max_completion_tokens=5), "unknown fields"),
     "number as model": (with_body(model=3), "model should be a string, found 3"),
     "number as user": (with_body(user=3), "user should be a string, found 3"),
-    "no prompt": (with_body(prompt=...), "prompt should be a string or a list of token ids, found nothing"),
-    "empty prompt": (with_body(prompt=""), "prompt should not be empty"),
-    "empty list": (with_body(prompt=[]), "prompt should not be empty"),
+    "no prompt": (with_body(prompt=...), "prompt should be a string or .*, found nothing; null begins a new document"),
+    "empty list": (with_body(prompt=[]), "prompt should not be an empty list"),
+    "empty list of ids": (with_body(prompt=[[5], []]), r"prompt\[1\] should not be an empty list"),
     "number as prompt": (with_body(prompt=3), "prompt should be a string or a list of token ids, found 3"),
-    "many prompts": (with_body(prompt=["a", "b"]), "list of prompts, of which a line takes one; give each its own line"),
-    "one prompt in a list": (with_body(prompt=["a"]), "list of prompts"),
-    "lists of ids": (with_body(prompt=[[1, 2]]), "list of prompts"),
+    "very many prompts": (
+        with_body(prompt=["a"] * 2049),
+        "prompt should be a list of at most 2048 prompts, found 2049; make lines",
+    ),
+    "null among prompts": (
+        with_body(prompt=["a", None]),
+        r"prompt\[1\] should be a string or a list of token ids, found nothing",
+    ),
+    "negative id in a list": (with_body(prompt=[[1], [2, -1]]), r"prompt\[1\]\[1\] should be a token id .*, found -1"),
+    "half a prompt in a list": (with_body(prompt=["a", "\ud800"]), r"prompt\[1\] holds half a character"),
+    "prompt among ids": (with_body(prompt=[1, "a"]), r"prompt\[1\] should be a token id .*, found \"a\""),
     "negative id": (with_body(prompt=[1, -2]), r"prompt\[1\] should be a token id .*, found -2"),
     "fraction as id": (with_body(prompt=[1.0]), r"prompt\[0\] should be a token id .*, found 1.0"),
     "true as id": (with_body(prompt=[5, True]), r"prompt\[1\] should be a token id .*, found true"),
@@ -96,7 +109,9 @@ HOSTILE = {
     "echo": (with_body(echo=True), "body asks for echo = true, which is not supported: join the prompt and the text yourself"),
     "best_of": (with_body(best_of=4, n=2), "body asks for best_of = 4, .*: all n continuations are returned"),
     "suffix": (with_body(suffix="end"), "body asks for suffix = .*: a text is only continued at its end"),
-    "logit_bias": (with_body(logit_bias={"5": -100}), "body asks for logit_bias = an object of 1"),
+    "list as logit_bias": (with_body(logit_bias=[5]), "logit_bias should be an object of token ids and biases, found"),
+    "word as token": (with_body(logit_bias={"five": 1}), "logit_bias should be an object of token ids .*, found 'five'"),
+    "great bias": (with_body(logit_bias={"5": -101}), "logit_bias of token 5 should be a number from -100 to 100, found -101"),
     "too long": (with_body(prompt="x" * 10_000_000), r"^.*10000\d{3} bytes long; a line may have 4194304"),
 }
 HOSTILE_CHATS = {
@@ -206,16 +221,17 @@ def test_a_body_becomes_sampling_parameters(tmp_path):
         "repetition_penalty": 1.1,
         "presence_penalty": 0.5,
         "frequency_penalty": -0.5,
+        "logit_bias": {"7": -100, "9": 1.5},
     }
     (request,) = read(write(tmp_path, with_body(**body, user="someone", prompt=[5, 0, 9])))
     assert request.sampling_params == SamplingParams(**body)
-    assert (request.prompt, request.model, request.custom_id, request.line) == ((5, 0, 9), "m", "req-1", 1)
+    assert (request.prompts, request.model, request.custom_id, request.line) == (((5, 0, 9),), "m", "req-1", 1)
 
 
 def test_defaults_are_openai_s(tmp_path):
     (request,) = read(write(tmp_path, with_body()))
     assert request.sampling_params == SamplingParams(max_tokens=16, temperature=1.0)
-    assert request.prompt == "Once upon"
+    assert request.prompts == ("Once upon",)
 
 
 def test_request_then_command_line_then_model(tmp_path):
@@ -265,14 +281,99 @@ def test_a_chat_becomes_messages_and_sampling_parameters(tmp_path):
         with_chat(logprobs=True, max_tokens=7, max_completion_tokens=7).replace(b"req-1", b"req-3"),
     ]
     first, second, third = read(write(tmp_path, *lines))
-    assert first.prompt == {
-        "messages": [messages[0], {"role": "user", "content": "a\nb", "name": "ann"}, {"role": "assistant", "content": ""}]
-    }
+    chat = [messages[0], {"role": "user", "content": "a\nb", "name": "ann"}, {"role": "assistant", "content": ""}]
+    assert first.prompts == ({"messages": chat},)
     assert first.sampling_params == SamplingParams(max_tokens=5, n=2, logprobs=3, stop="x")
     assert second.sampling_params == SamplingParams(max_tokens=MAX_TOKENS)
     assert third.sampling_params == SamplingParams(max_tokens=7, logprobs=0)
     limited = read(write(tmp_path, with_chat()), generation_config={"max_new_tokens": 9})
     assert limited[0].sampling_params.max_tokens == 9
+
+
+@pytest.mark.parametrize(
+    ("prompt", "prompts"),
+    [
+        ("a", ("a",)),
+        ([1, 2], ((1, 2),)),
+        (["a", "b", ""], ("a", "b", NEW_DOCUMENT)),
+        ([[1, 2], [3]], ((1, 2), (3,))),
+        ("", (NEW_DOCUMENT,)),
+        (None, (NEW_DOCUMENT,)),
+    ],
+)
+def test_a_prompt_has_every_form_that_openai_s_schema_knows(tmp_path, prompt, prompts):
+    body = {"model": "m", "prompt": prompt}
+    TypeAdapter(CompletionCreateParamsNonStreaming).validate_python(body)
+    (request,) = read(write(tmp_path, with_line(body=body)))
+    assert request.prompts == prompts
+
+
+def test_bodies_that_openai_s_schema_takes_are_taken(tmp_path):
+    """Whatever asks for a text; what asks for more is refused by name (HOSTILE)."""
+    completion = {
+        "model": "m",
+        "prompt": ["a", "b"],
+        "n": 2,
+        "best_of": 2,
+        "echo": False,
+        "frequency_penalty": 0.5,
+        "logprobs": 5,
+        "logit_bias": {"50256": -100},
+        "max_tokens": 4,
+        "presence_penalty": -1,
+        "seed": 7,
+        "stop": ["a", "b"],
+        "stream": False,
+        "stream_options": None,
+        "suffix": None,
+        "temperature": 1.5,
+        "top_p": 0.5,
+        "user": "u",
+    }
+    chat = {
+        "messages": [{"role": "user", "content": "Hi"}],
+        "model": "m",
+        "audio": None,
+        "frequency_penalty": 0,
+        "logit_bias": {"5": 1},
+        "function_call": "none",
+        "functions": [],
+        "logprobs": True,
+        "top_logprobs": 20,
+        "max_completion_tokens": 8,
+        "metadata": {},
+        "max_tokens": None,
+        "modalities": ["text"],
+        "moderation": None,
+        "n": 1,
+        "parallel_tool_calls": True,
+        "prediction": None,
+        "presence_penalty": 0,
+        "prompt_cache_key": "k",
+        "prompt_cache_options": {},
+        "prompt_cache_retention": "24h",
+        "store": True,
+        "reasoning_effort": None,
+        "response_format": {"type": "text"},
+        "safety_identifier": "s",
+        "seed": 1,
+        "stop": "x",
+        "service_tier": "flex",
+        "stream": False,
+        "stream_options": None,
+        "temperature": 0,
+        "tool_choice": "auto",
+        "tools": [],
+        "top_p": 1,
+        "user": "u",
+        "verbosity": None,
+    }
+    schemas = (CompletionCreateParamsNonStreaming, chat_schema.CompletionCreateParamsNonStreaming)
+    for schema, body, url in zip(schemas, (completion, chat), (GOOD["url"], CHAT["url"]), strict=True):
+        assert body.keys() <= get_type_hints(schema).keys()
+        TypeAdapter(schema).validate_python(body)
+        (request,) = read(write(tmp_path, with_line(url=url, body=body)))
+        assert request.sampling_params.biases
 
 
 def test_a_file_has_one_endpoint(tmp_path):

@@ -20,7 +20,7 @@ def an_output(num_choices: int = 1, text: str = "there was", logprobs: list[dict
 
 
 def test_a_success_has_the_completion_object_s_form():
-    line = success_line("req-1", an_output(2), "opt", 1_700_000_000, COMPLETIONS)
+    line = success_line("req-1", [an_output(2)], "opt", 1_700_000_000, COMPLETIONS)
     assert list(line) == ["id", "custom_id", "response", "error"]
     assert line["id"].startswith("batch_req_")
     assert (line["custom_id"], line["error"]) == ("req-1", None)
@@ -35,6 +35,18 @@ def test_a_success_has_the_completion_object_s_form():
         "model": "opt",
         "choices": [{"index": 0, **choice}, {"index": 1, **choice}],
         "usage": USAGE,
+    }
+
+
+def test_a_line_of_several_prompts_has_the_choices_of_all():
+    outputs = [an_output(2, text="a"), an_output(2, text="b"), an_output(2, text="c")]
+    body = success_line("req-1", outputs, "opt", 0, COMPLETIONS)["response"]["body"]
+    assert [(choice["index"], choice["text"]) for choice in body["choices"]] == list(enumerate("aabbcc"))
+    assert body["usage"] == {
+        "prompt_tokens": 9,
+        "completion_tokens": 12,
+        "total_tokens": 21,
+        "prompt_tokens_details": {"cached_tokens": 6},
     }
 
 
@@ -60,7 +72,7 @@ def test_logprobs_take_the_form_of_completions():
             6: Logprob(logprob=-4.0, rank=2, decoded_token="\ufffd"),
         },
     ]
-    (choice,) = success_line("a", an_output(logprobs=places), "m", 0, COMPLETIONS)["response"]["body"]["choices"]
+    (choice,) = success_line("a", [an_output(logprobs=places)], "m", 0, COMPLETIONS)["response"]["body"]["choices"]
     assert choice["logprobs"] == {
         "tokens": ["日", " b"],
         "token_logprobs": [-1.5, -9999.0],
@@ -71,7 +83,7 @@ def test_logprobs_take_the_form_of_completions():
 
 def test_logprobs_without_a_tokenizer_name_the_ids():
     places = [{4: Logprob(logprob=-1.0)}, {9: Logprob(logprob=-2.0)}]
-    (choice,) = success_line("a", an_output(text="", logprobs=places), "m", 0, COMPLETIONS)["response"]["body"]["choices"]
+    (choice,) = success_line("a", [an_output(text="", logprobs=places)], "m", 0, COMPLETIONS)["response"]["body"]["choices"]
     assert choice["logprobs"]["tokens"] == ["token_id:4", "token_id:9"]
 
 
@@ -86,7 +98,7 @@ PLACES = [
 
 
 def test_a_chat_has_the_chat_completion_object_s_form():
-    body = success_line("req-1", an_output(2), "opt", 1_700_000_000, CHAT)["response"]["body"]
+    body = success_line("req-1", [an_output(2)], "opt", 1_700_000_000, CHAT)["response"]["body"]
     assert body.pop("id").startswith("chatcmpl-")
     message = {"role": "assistant", "content": "there was", "refusal": None}
     choice = {"message": message, "logprobs": None, "finish_reason": "length"}
@@ -101,7 +113,7 @@ def test_a_chat_has_the_chat_completion_object_s_form():
 
 @pytest.mark.parametrize("asked", [0, 1, 2])
 def test_logprobs_of_a_chat_are_those_asked_for_beside_the_chosen_token(asked):
-    line = success_line("a", an_output(logprobs=PLACES), "m", 0, CHAT, top_logprobs=asked)
+    line = success_line("a", [an_output(logprobs=PLACES)], "m", 0, CHAT, top_logprobs=asked)
     first, second = line["response"]["body"]["choices"][0]["logprobs"]["content"]
     assert (first["token"], first["logprob"], first["bytes"]) == ("日", -1.5, list("日".encode()))
     assert (second["token"], second["logprob"]) == ("b", -9999.0)
@@ -111,8 +123,8 @@ def test_logprobs_of_a_chat_are_those_asked_for_beside_the_chosen_token(asked):
 
 def test_openai_s_own_types_parse_the_bodies():
     logprobs = an_output(2, logprobs=PLACES)
-    for output in (an_output(), logprobs):
-        body = success_line("a", output, "m", 5, COMPLETIONS)["response"]["body"]
+    for outputs in ([an_output()], [logprobs], [an_output(), logprobs]):
+        body = success_line("a", outputs, "m", 5, COMPLETIONS)["response"]["body"]
         assert Completion.model_validate(body).model_dump(exclude_unset=True) == body
-        body = success_line("a", output, "m", 5, CHAT, top_logprobs=2)["response"]["body"]
+        body = success_line("a", outputs, "m", 5, CHAT, top_logprobs=2)["response"]["body"]
         assert ChatCompletion.model_validate(body).model_dump(exclude_unset=True) == body

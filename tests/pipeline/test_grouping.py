@@ -21,11 +21,11 @@ def request(number: int, token_ids: list[int]) -> Request:
 def test_prompts_that_begin_alike_are_neighbours_and_nobody_starves(count: int, num_beginnings: int, refused_every: int) -> None:
     made: list[int] = []
 
-    def make(indices: Sequence[int]) -> list[Request | None]:
+    def make(indices: Sequence[int]) -> list[list[Request] | None]:
         made.extend(indices)
         beginnings = [[index % num_beginnings] * 40 for index in indices]
         return [
-            request(index, [*beginning, index]) if index % refused_every else None
+            [request(index, [*beginning, index]), request(index, [0])] if index % refused_every else None
             for index, beginning in zip(indices, beginnings, strict=True)
         ]
 
@@ -33,9 +33,9 @@ def test_prompts_that_begin_alike_are_neighbours_and_nobody_starves(count: int, 
     for place, (index, one) in enumerate(alike_together(range(count), make)):
         assert len(made) <= place + GROUP_SIZE  # no more are kept
         assert abs(place - index) < GROUP_SIZE
-        assert (one is None) == (index % refused_every == 0) and (one is None or one.number == index)
+        assert (one is None) == (index % refused_every == 0) and (one is None or one[0].number == index)
         order.append((index, one))
     assert sorted(index for index, _ in order) == list(range(count)) == made
     for start in range(0, count, GROUP_SIZE):
-        runs = [one.prompt_token_ids[0] for _, one in order[start : start + GROUP_SIZE] if one]
+        runs = [one[0].prompt_token_ids[0] for _, one in order[start : start + GROUP_SIZE] if one]
         assert sum(before != after for before, after in pairwise(runs)) == max(len(set(runs)) - 1, 0)

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -223,6 +223,29 @@ def test_logprobs_are_the_models(llm: LLM) -> None:
     assert [list(place) for place in none.outputs[0].logprobs] == [[token] for token in none.outputs[0].token_ids]
 
 
+def test_biased_tokens_come_always_or_never_whoever_is_beside_them(llm: LLM) -> None:
+    wanted, other = VOCAB_SIZE - 1, VOCAB_SIZE - 2
+    (plain,) = llm.generate("sea", replace(GREEDY, ignore_eos=True, logprobs=2))
+    unwanted = plain.outputs[0].token_ids[0]
+    kept = replace(GREEDY, ignore_eos=True)
+    params = [
+        replace(kept, logit_bias={wanted: 100}),
+        replace(kept, logit_bias={unwanted: -100}, logprobs=2),
+        replace(kept, temperature=2, seed=3, logit_bias={**dict.fromkeys(range(9), 0.5), wanted: 100, other: 100}),
+        kept,
+    ]
+    outputs = llm.generate(["sea"] * 4, params)
+    forced, without, drawn, beside = [output.outputs[0].token_ids for output in outputs]
+    assert set(forced) == {wanted} and unwanted not in without and set(drawn) == {wanted, other} and len(drawn) == 12
+    assert beside == plain.outputs[0].token_ids
+    (places, first) = (output.outputs[0].logprobs for output in (outputs[1], plain))
+    assert places is not None and first is not None and places[0][unwanted] == first[0][unwanted]  # the model's own
+    for number, one in enumerate(params):
+        assert llm.generate("sea", one)[0].outputs[0].token_ids == outputs[number].outputs[0].token_ids
+    with pytest.raises(InflashError, match=r"logit_bias: token ids should be from 0 to 257, found 258"):
+        llm.generate("sea", replace(GREEDY, logit_bias={VOCAB_SIZE: 1}))
+
+
 def test_texts_end_where_the_positions_end(llm: LLM) -> None:
     assert llm.max_model_len == 64
     (output,) = llm.generate([random_prompts(1)[0][:1] * 60], SamplingParams(temperature=0, max_tokens=100, ignore_eos=True))
@@ -251,7 +274,7 @@ def test_metrics_are_in_order(llm: LLM) -> None:
 
 
 def test_a_second_call_compiles_nothing(llm: LLM) -> None:
-    params = [GREEDY, DRAWN, SamplingParams(temperature=1, top_k=3, max_tokens=12), GREEDY]
+    params = [GREEDY, DRAWN, SamplingParams(temperature=1, top_k=3, max_tokens=12), replace(GREEDY, logit_bias={5: 1})]
     llm.generate(random_prompts(4), params)
     before = num_compilations()
     for _ in range(3):

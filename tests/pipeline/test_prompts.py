@@ -12,7 +12,7 @@ from tiny_models import FIRST_BYTE, byte_tokenizer
 from tokenizers import AddedToken, Tokenizer
 
 from inflash.errors import InflashError
-from inflash.pipeline.prompts import ChatTokens, PromptEncoder, portions
+from inflash.pipeline.prompts import NEW_DOCUMENT, ChatTokens, PromptEncoder, portions
 
 CHATML = """\
 {% for message in messages %}{{ '<|im_start|>' + message.role + '\n' + message.content | trim + '<|im_end|>\n' }}{% endfor %}
@@ -30,7 +30,7 @@ def chat_tokenizer() -> Tokenizer:
 def encoder(tmp_path: Path) -> Iterator[PromptEncoder]:
     chat_tokenizer().save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "chat_template.jinja").write_text(CHATML)
-    store: Any = SimpleNamespace(tokenizer_folder=tmp_path)  # all that is asked of one
+    store: Any = SimpleNamespace(tokenizer_folder=tmp_path, config=SimpleNamespace(bos_token_id=7))  # all that is asked of one
     encoder = PromptEncoder(store)
     yield encoder
     encoder.close()
@@ -140,9 +140,10 @@ def test_what_is_no_prompt_is_refused(encoder: PromptEncoder, prompt: Any, reaso
 
 
 def test_messages_need_a_tokenizer(tmp_path: Path) -> None:
-    store: Any = SimpleNamespace(tokenizer_folder=tmp_path)
+    store: Any = SimpleNamespace(tokenizer_folder=tmp_path, config=SimpleNamespace(bos_token_id=7))
     with pytest.raises(InflashError, match="this store has no tokenizer"):
         PromptEncoder(store).encode(chat("x"))
+    assert PromptEncoder(store).encode(NEW_DOCUMENT) == ("", [7])
 
 
 def test_many_texts_are_encoded_as_each_alone(encoder: PromptEncoder) -> None:

@@ -84,6 +84,15 @@ def test_a_row_s_text_depends_on_its_id_and_not_on_its_place(generator: TextGene
     assert generator({name: column[1:2] for name, column in batch.items()})[TEXT] == texts[1:2]
 
 
+def test_what_arrow_fills_in_for_other_rows_asks_for_nothing(generator: TextGenerator) -> None:
+    biased = [{"logit_bias": {"99": 100.0, "100": None}, "n": None}, {"logit_bias": {"99": None, "100": 100.0}, "n": 1}]
+    found = generator(columns(id=[1, 2], prompt=["sea"] * 2, sampling_params=biased))
+    assert found[ERROR] == ["", ""]
+    with LLM(generator._model, **OPTIONS) as llm:
+        assert llm.tokenizer is not None
+        assert found[TEXT] == [llm.tokenizer.decode([token] * 3) for token in (99, 100)]
+
+
 def test_a_dead_loader_costs_a_new_start_and_no_row(generator: TextGenerator) -> None:
     batch = columns(id=[1, 2], prompt=["sea", "sky"])
     before = generator(batch)[TEXT]

@@ -24,6 +24,7 @@ VLLM_DEFAULTS = {
     "repetition_penalty": 1.0,
     "presence_penalty": 0.0,
     "frequency_penalty": 0.0,
+    "logit_bias": None,
 }
 
 WRONG = [
@@ -42,6 +43,11 @@ WRONG = [
     *[("repetition_penalty", value) for value in (0, -1, math.inf, 1e-300)],
     *[("presence_penalty", value) for value in (-2.1, 2.1, math.nan, None)],
     *[("frequency_penalty", value) for value in (-2.1, 2.1, math.nan)],
+    *[
+        ("logit_bias", value)
+        for value in (5, "5", [5], [(1, 2, 3)], {-1: 1}, {"x": 1}, {"1.0": 1}, {True: 1}, {2**31: 1}, {"٣": 1})
+    ],
+    *[("logit_bias", value) for value in ({5: 1, "5": 2}, [(5, 1), (5, 2)], dict.fromkeys(range(1025), 1))],
 ]
 
 
@@ -84,6 +90,21 @@ def test_numpy_numbers_become_python_s():
 @pytest.mark.parametrize(("stop", "strings"), [(None, ()), ("a", ("a",)), (["a", "b"], ("a", "b")), ((), ())])
 def test_stop_strings_are_always_a_tuple(stop, strings):
     assert SamplingParams(stop=stop).stop_strings == strings
+
+
+@pytest.mark.parametrize("bias", [101, -100.5, math.nan, "1", None, True])
+def test_a_wrong_bias_is_refused_with_its_token(bias):
+    with pytest.raises(InflashError, match=r"^logit_bias of token 7 should be a number from -100 to 100, found "):
+        SamplingParams(logit_bias={5: 100, "7": bias})  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("given", [{5: 1, 7: -100}, {"5": 1, "7": -100}, [(5, 1.0), [7, -100]]])
+def test_biases_are_kept_as_pairs_and_may_be_given_so(given):
+    params = SamplingParams(logit_bias=given)
+    assert params.biases == ((5, 1.0), (7, -100.0)) and not params.plain
+    assert dataclasses.replace(params, n=2).biases == params.biases
+    assert hash(params) == hash(SamplingParams(logit_bias={5: 1, 7: -100}))
+    assert SamplingParams(logit_bias={}).biases == () == SamplingParams().biases and SamplingParams(temperature=0).plain
 
 
 def test_it_is_hashable_and_frozen_with_lists_given():

@@ -24,12 +24,16 @@ from tiny_models import BUFFERED, FIRST_BYTE, convert_quietly, make_store
 
 from inflash import LLM, SamplingParams
 from inflash.errors import InflashError
+from inflash.pipeline.batch_file import read_batch
+from inflash.pipeline.batch_outputs import BatchOutputs
+from inflash.pipeline.batch_run import BatchRun
 from inflash.pipeline.chat_template import ChatTemplate
 from inflash.pipeline.device import assumed_device
 from inflash.pipeline.hit_curves import assumed_curves
 from inflash.pipeline.options import EngineOptions
 from inflash.pipeline.planner import Planner
 from inflash.pipeline.result_file import ResultFile
+from inflash.pipeline.result_writer import ResultWriter
 from inflash.storage.layout import bundles_path
 from inflash.storage.store import Store
 from inflash.tools import cli
@@ -56,7 +60,7 @@ def write_requests(file: Path, bodies: list[dict[str, Any]], url: str = "/v1/com
     file.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
 
-def completions(prompts: list[list[int]], **body: Any) -> list[dict[str, Any]]:
+def completions(prompts: list[Any], **body: Any) -> list[dict[str, Any]]:
     return [{"prompt": prompt, "temperature": 0, **body} for prompt in prompts]
 
 
@@ -99,6 +103,70 @@ def test_bad_requests_are_refused_and_the_others_run(store: Store, tmp_path: Pat
     assert (counted[("inflash_prompt_tokens_total",)], counted[("inflash_decoded_tokens_total",)]) == (2, 2)
     assert counted["inflash_neurons_total", "hit"] + counted["inflash_neurons_total", "miss"] > 0
     assert counted["inflash_read_bytes_total", "prompt"] > 0 < counted["inflash_engine_seconds_total", "compute"]
+
+
+def test_a_line_of_several_prompts_has_one_answer_with_the_choices_of_all(store: Store, tmp_path: Path) -> None:
+    greedy = {"temperature": 0, "max_tokens": 3, "ignore_eos": True}
+    ids, texts = [[5, 6], [7], [5, 6, 9]], ["sea", "", "sky", "sea and sky", "s"]
+    bodies = [
+        {"prompt": ids, "n": 2, **greedy},
+        {"prompt": texts, **greedy, "logprobs": 1},
+        {"prompt": [[5], [store.config.vocab_size], []][:2], **greedy},
+        {"prompt": None, **greedy},
+        {"prompt": ["sea"] * 3, **greedy, "temperature": 5, "seed": 4},
+        {"prompt": "sea", **greedy, "logit_bias": {"99": 100}},
+        {"prompt": ["sea", "sky"], **greedy, "logit_bias": {str(store.config.vocab_size): 1}},
+    ]
+    write_requests(tmp_path / "in.jsonl", bodies)
+    assert cli.main(command(tmp_path, store, "--compute-dtype", "float32")) == 0
+    found = answers(tmp_path)
+    assert found.keys() == {f"r{number}" for number in range(len(bodies))}
+    refused = {name: found[name]["response"]["body"]["error"] for name in ("r2", "r6")}
+    assert refused["r2"]["message"].startswith("prompt[1]: token ids should be from 0 to")
+    assert (refused["r2"]["param"], refused["r6"]["param"]) == ("prompt", "logit_bias")
+    assert (counts := job(tmp_path).request_counts) and (counts.completed, counts.failed) == (5, 2)
+
+    with LLM(store.path, predictor="exact", queue_depth=1, max_num_seqs=4, compute_dtype="float32") as llm:
+        assert llm.tokenizer is not None
+        by_ids = llm.generate(ids, SamplingParams(**greedy))
+        by_text = llm.generate([text or {"prompt": None} for text in texts], SamplingParams(**greedy))
+        drawn = llm.generate("sea", SamplingParams(**{**greedy, "temperature": 5, "seed": 4}))
+        forced = llm.tokenizer.decode([99] * 3)
+    choices = {
+        name: Completion.model_validate(found[name]["response"]["body"]).choices for name in ("r0", "r1", "r3", "r4", "r5")
+    }
+    assert all([choice.index for choice in each] == list(range(len(each))) for each in choices.values())
+    written = {name: [choice.text for choice in each] for name, each in choices.items()}
+    assert written["r0"] == [output.outputs[0].text for output in by_ids for _ in range(2)]
+    assert written["r1"] == [output.outputs[0].text for output in by_text]
+    assert all(choice.logprobs is not None and choice.logprobs.tokens for choice in choices["r1"])
+    assert written["r3"] == written["r1"][1:2]
+    assert written["r4"] == [drawn[0].outputs[0].text] * 3
+    assert written["r5"] == [forced]
+    assert found["r0"]["response"]["body"]["usage"]["prompt_tokens"] == 6
+
+
+def test_a_line_that_was_begun_is_finished_by_a_run_that_ends(store: Store, tmp_path: Path) -> None:
+    """Its prompts are many times the slots; some of them are not begun when the run is told to end."""
+    prompts = [[[FIRST_BYTE + place] for place in range(20)] for _ in range(3)]
+    write_requests(
+        tmp_path / "in.jsonl", [{"prompt": each, "temperature": 0, "max_tokens": 4, "ignore_eos": True} for each in prompts]
+    )
+
+    def end(_: int) -> None:
+        run.draining = True
+
+    with (
+        LLM(store.path, predictor="exact", queue_depth=1, max_num_seqs=4) as llm,
+        read_batch(tmp_path / "in.jsonl") as batch,
+        BatchOutputs(tmp_path / "out.jsonl", None) as outputs,
+        ResultWriter(*outputs.take()) as writer,
+    ):
+        run = BatchRun(llm, batch, np.zeros(3, bool), writer, model="m")
+        run.run(run.measure(lambda: None), end, lambda: None)
+        assert (run.completed, run.waiting, run.in_flight) == (1, 2, 0)
+    (answer,) = answers(tmp_path).values()
+    assert len(answer["response"]["body"]["choices"]) == 20
 
 
 def test_a_finished_job_is_kept_and_not_mixed_with_another(store: Store, tmp_path: Path, capsys) -> None:
@@ -249,7 +317,7 @@ def test_a_request_that_memory_has_no_room_for_fails_alone(store: Store, tmp_pat
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # nothing is known of this machine
     options = EngineOptions(predictor="exact", queue_depth=1, max_num_seqs=4)
     memory = Planner(store, options, assumed_device(), assumed_curves(store)).least_bytes(1, 32)
-    bodies = [*completions([[5, 6], [7] * 28], max_tokens=4), *completions([[8, 9]], max_tokens=31)]
+    bodies = [*completions([[5, 6], [7] * 28], max_tokens=4), *completions([[[8], [8, 9], [9]]], max_tokens=31)]
     write_requests(tmp_path / "in.jsonl", bodies)
     assert cli.main(command(tmp_path, store, "--memory", str(memory))) == 0
     found = answers(tmp_path)
