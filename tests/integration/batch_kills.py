@@ -32,7 +32,8 @@ def write_requests(file: Path, count: int) -> None:
     ]
     with file.open("w", encoding="utf-8") as stream:
         for number in range(count):
-            body = {"prompt": f"# {number}\n{prompts[number % len(prompts)]}", "temperature": 0, "max_tokens": 4 + number % 13}
+            prompt = [f"# {number}\n{prompts[(number + place) % len(prompts)]}" for place in range(3 if number % 5 == 0 else 1)]
+            body = {"prompt": prompt, "temperature": 0, "max_tokens": 4 + number % 13}
             line = {"custom_id": f"r{number}", "method": "POST", "url": "/v1/completions", "body": body}
             stream.write(json.dumps(line) + "\n")
 
@@ -54,12 +55,12 @@ def command(requests: Path, output: Path, store: Path) -> list[str]:
     ]
 
 
-def texts(output: Path) -> dict[str, str]:
-    found: dict[str, str] = {}
+def texts(output: Path) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
     for line in output.read_bytes().splitlines():
         document = json.loads(line)
         assert document["custom_id"] not in found, f"{document['custom_id']} was answered twice"
-        found[document["custom_id"]] = document["response"]["body"]["choices"][0]["text"]
+        found[document["custom_id"]] = [choice["text"] for choice in document["response"]["body"]["choices"]]
     return found
 
 
