@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ..errors import RunError
-from .result_file import Results
+from .result_file import ResultFile, Results
 
 SYNC_S = 0.9
 MOST_WAITING = 256
@@ -116,11 +116,13 @@ class ResultWriter:
             raise self._failure
         if self._failure is not None:
             reason = getattr(self._failure, "strerror", None) or repr(self._failure)
-            name = next((place.name for place in self._places if place.num_waiting), self._places[0].name)
+            place = next((place for place in self._places if place.num_waiting), self._places[0])
             lost = sum(place.num_waiting for place in self._places)
+            others = "the others stay in it; make room and run again to go on"
+            if not isinstance(place, ResultFile):
+                others = "nothing can go on from here; give -o a file to keep results in"
             raise RunError(
-                f"{name} cannot be written: {reason}; {lost} finished results may be lost, the others stay "
-                "in it; make room and run again to go on"
+                f"{place.name} cannot be written: {reason}; {lost} finished results may be lost, {others}"
             ) from self._failure
 
     def _work(self) -> None:

@@ -7,6 +7,8 @@ to it by a cgroup.
 
 import argparse
 import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +54,39 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
+@dataclass(frozen=True, slots=True)
+class Crossover:
+    """Between which batches the dense stream becomes the faster way of decoding.
+
+    Attributes:
+      sparse_up_to: the largest batch that decoded faster from predicted neurons; None: no batch did.
+      dense_from: the smallest above it, which decoded faster from all neurons in order; None: there is none.
+    """
+
+    sparse_up_to: int | None
+    dense_from: int | None
+
+    @property
+    def sentence(self) -> str:
+        if self.sparse_up_to is None:
+            return f"reading all neurons in order is the faster way for a batch of {self.dense_from} already"
+        if self.dense_from is None:
+            return f"reading the predicted neurons is the faster way for a batch of {self.sparse_up_to} still"
+        sparse = f"reading the predicted neurons is the faster way up to a batch of {self.sparse_up_to}"
+        return f"{sparse}, all in order from {self.dense_from} on"
+
+
+def find_crossover(rows: Sequence[Mapping[str, Any]]) -> Crossover | None:
+    """Of rows of both ways, by the time for decoding; None without any pair."""
+    seconds = {(row["path"], row["batch"]): row["decode_s"] for row in rows}
+    batches = sorted(batch for path, batch in seconds if path == "sparse" and ("dense", batch) in seconds)
+    if not batches:
+        return None
+    faster = [batch for batch in batches if seconds["sparse", batch] <= seconds["dense", batch]]
+    above = [batch for batch in batches if not faster or batch > faster[-1]]
+    return Crossover(faster[-1] if faster else None, above[0] if above else None)
+
+
 def _measured(model: Path, config: dict[str, Any]) -> dict[str, Any]:
     """A row's run in a cgroup: what `batch_row` found, or `failed`."""
     with (
@@ -90,6 +125,9 @@ def _report(store: Store, arguments: argparse.Namespace, results: list[dict[str,
     ]
     header = ["batch", "path", "together", "tokens/s", "MiB/token", "dense", "in memory"]
     print(table([*header, "prompts s", "decoding s", "of that I/O wait s", "peak MiB"], rows))
+    crossover = find_crossover(measured)
+    if crossover is not None:
+        print(f"\ncrossover: {crossover.sentence}")
     for row in results:
         if "failed" in row:
             print(f"batch {row['batch']}, {row['path']}: {row['failed']}")
@@ -98,5 +136,16 @@ def _report(store: Store, arguments: argparse.Namespace, results: list[dict[str,
 
         save_plot(measured, store, arguments.plot)
         print(f"plot: {arguments.plot}")
+    found = None if crossover is None else asdict(crossover)
     document = {"model": str(arguments.model), "model_bytes": store.num_bytes, "memory_limit": arguments.memory_limit}
-    print(json.dumps({**document, "prompt_tokens": arguments.prompt_tokens, "tokens": arguments.tokens, "rows": results}))
+    print(
+        json.dumps(
+            {
+                **document,
+                "prompt_tokens": arguments.prompt_tokens,
+                "tokens": arguments.tokens,
+                "rows": results,
+                "crossover": found,
+            }
+        )
+    )

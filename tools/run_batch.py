@@ -197,15 +197,17 @@ def _answer(arguments: argparse.Namespace, run: "BatchRun", size: "RunSize", sta
         progress_bar(total=answered + run.waiting, initial=answered, unit="request") as bar,
         stop.draining(run),
     ):
-        tokens, began = 0, time.monotonic()
+        tokens, began = 0, 0.0
 
         def on_tokens(num_tokens: int) -> None:
             nonlocal tokens, began
-            began = began if tokens else time.monotonic()  # what came before the first token was compiling
+            if not began:
+                began = time.monotonic()  # time runs from the first tokens on: what came before them was compiling
+                return
             tokens += num_tokens
             times = run.times
             hits = f", {times.hits / (times.hits + times.misses):.0%} hits" if times.hits else ""
-            bar.set_postfix_str(f"{tokens / max(time.monotonic() - began, 1e-3):.1f} tokens/s{hits}", refresh=False)
+            bar.set_postfix_str(f"{tokens / (time.monotonic() - began):.1f} tokens/s{hits}", refresh=False)
             bar.update(0)
 
         gc.freeze()  # modules and compiled kernels stay: no collection needs to go through them again

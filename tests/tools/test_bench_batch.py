@@ -7,6 +7,7 @@ import pytest
 from synthetic_stores import synthetic_store
 from tiny_models import BUFFERED
 
+from inflash.tools.bench_batch import find_crossover
 from inflash.tools.cli import main
 
 pytestmark = pytest.mark.filterwarnings(BUFFERED)
@@ -20,13 +21,40 @@ def test_rows_show_what_was_read_and_how(
     command = ["bench", "batch", str(store.path), "--memory-limit", "560MiB", "--batch", "3", "--paths", "sparse,dense"]
     command += ["--prompt-tokens", "8", "--tokens", "4", "--plot", str(tmp_path / "batches.png")]
     assert main(command) == 0
-    sparse, dense = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    printed = capsys.readouterr().out
+    document = json.loads(printed.splitlines()[-1])
+    sparse, dense = document["rows"]
     assert "failed" not in sparse, sparse
+    quicker = "predicted neurons is" if sparse["decode_s"] <= dense["decode_s"] else "all neurons in order is"
+    assert f"crossover: reading {'the ' if 'predicted' in quicker else ''}{quicker} the faster way for a batch of 3" in printed
+    assert sorted(map(str, document["crossover"].values())) == ["3", "None"]
     assert (sparse["tokens"], sparse["steps"], sparse["together"]) == (12, 3, 3)
     assert sparse["cached_layers"] == 2 and sparse["dense_share"] == 0
     assert dense["cached_layers"] == 0 and dense["dense_share"] == 1
     assert sparse["tokens_per_s"] == pytest.approx(12 / sparse["seconds"])
     assert (tmp_path / "batches.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("sparse", "dense", "found", "sentence"),
+    [
+        ({1: 2.0, 8: 5.0, 64: 9.0}, {1: 7.0, 8: 7.0, 64: 7.0}, (8, 64), "up to a batch of 8, all in order from 64 on"),
+        ({8: 5.0, 1: 2.0}, {8: 7.0, 1: 7.0}, (8, None), "predicted neurons is the faster way for a batch of 8 still"),
+        ({1: 9.0, 8: 9.0}, {1: 7.0, 8: 7.0}, (None, 1), "in order is the faster way for a batch of 1 already"),
+        ({1: 9.0, 8: 6.0, 64: 9.0}, {1: 7.0, 8: 7.0, 64: 7.0}, (8, 64), "up to a batch of 8"),  # 1 was a hiccup
+        ({1: 9.0, 8: 9.0}, {64: 7.0, 8: 8.0}, (None, 8), "for a batch of 8 already"),
+        ({1: 9.0}, {8: 7.0}, None, None),
+    ],
+)
+def test_the_crossover_lies_above_the_largest_batch_that_reads_predicted_neurons(
+    sparse: dict[int, float], dense: dict[int, float], found: tuple[int | None, int | None] | None, sentence: str | None
+) -> None:
+    seconds = {"sparse": sparse, "dense": dense, "auto": sparse}
+    rows = [{"path": path, "batch": batch, "decode_s": s} for path, each in seconds.items() for batch, s in each.items()]
+    crossover = find_crossover(rows)
+    assert (crossover is None) == (found is None)
+    if crossover is not None and sentence is not None:
+        assert (crossover.sparse_up_to, crossover.dense_from) == found and sentence in crossover.sentence
 
 
 def test_a_batch_takes_the_next_request_where_one_is_finished(
