@@ -236,10 +236,12 @@ def test_biased_tokens_come_always_or_never_whoever_is_beside_them(llm: LLM) -> 
     ]
     outputs = llm.generate(["sea"] * 4, params)
     forced, without, drawn, beside = [output.outputs[0].token_ids for output in outputs]
-    assert set(forced) == {wanted} and unwanted not in without and set(drawn) == {wanted, other} and len(drawn) == 12
+    assert set(forced) == {wanted} and unwanted not in without and set(drawn) <= {wanted, other} and len(drawn) == 12
     assert beside == plain.outputs[0].token_ids
     (places, first) = (output.outputs[0].logprobs for output in (outputs[1], plain))
-    assert places is not None and first is not None and places[0][unwanted] == first[0][unwanted]  # the model's own
+    assert (
+        places is not None and first is not None and places[0][unwanted].logprob == first[0][unwanted].logprob
+    )  # the model's own
     for number, one in enumerate(params):
         assert llm.generate("sea", one)[0].outputs[0].token_ids == outputs[number].outputs[0].token_ids
     with pytest.raises(InflashError, match=r"logit_bias: token ids should be from 0 to 257, found 258"):
