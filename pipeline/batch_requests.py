@@ -48,8 +48,8 @@ _REFUSED_CHAT: dict[str, tuple[str, tuple[Any, ...]]] = {
     "modalities": (_TEXT_ONLY, (None, ["text"])),
     "audio": (_TEXT_ONLY, (None,)),
     "prediction": ("nothing is predicted from a draft", (None,)),
-    "reasoning_effort": ("there is no separate reasoning", (None,)),
-    "verbosity": ("length is bounded by max_completion_tokens only", (None,)),
+    "reasoning_effort": ("there is no separate reasoning", (None, "none")),
+    "verbosity": ("length is bounded by max_completion_tokens only", (None, "medium")),  # its default
     "web_search_options": ("nothing is looked up", (None,)),
     "moderation": ("nothing is moderated", (None,)),
 }
@@ -178,23 +178,33 @@ def _message(message: Any, where: str) -> Message:
     role = message.get("role")
     if not isinstance(role, str) or role not in ROLES:
         raise InflashError(f"{where}.role should be one of {', '.join(ROLES)}, found {shown(role)}")
-    nothing = {name: value for name, value in message.items() if name in ("tool_calls", "function_call", "refusal", "audio")}
+    nothing = {name: value for name, value in message.items() if name in ("tool_calls", "function_call", "audio")}
     if asked := [name for name, value in nothing.items() if value not in (None, [])]:
         raise InflashError(f"{where} has {asked[0]}, which is not supported; messages are text")
-    check_known({name: value for name, value in message.items() if name not in nothing}, ("role", "content", "name"), where)
-    found = {"role": role, "content": _content(message.get("content"), f"{where}.content")}
+    answer = role == "assistant"  # the only one who may say nothing, or refuse to say more
+    known = ("role", "content", "name", *(["refusal"] if answer else []))
+    check_known({name: value for name, value in message.items() if name not in nothing}, known, where)
+    content, refusal = message.get("content"), message.get("refusal")
+    parts = (
+        []
+        if answer and content is None
+        else [_content(content, f"{where}.content", ("text", "refusal") if answer else ("text",))]
+    )
+    parts += [] if refusal is None else [text_field(message, "refusal", least=0)]
+    found = {"role": role, "content": "\n".join(parts)}
     if message.get("name") is not None:
         found["name"] = text_field(message, "name")
     return found
 
 
-def _content(content: Any, where: str) -> str:
-    """A message's text, which may come in parts."""
+def _content(content: Any, where: str, kinds: tuple[str, ...]) -> str:
+    """A message's text, which may come in parts of some kinds."""
     if isinstance(content, list):
         for place, part in enumerate(content):
-            if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+            kind = part.get("type") if isinstance(part, dict) else None
+            if kind not in kinds or not isinstance(part.get(kind), str):
                 raise InflashError(f'{where}[{place}] should be {{"type": "text", "text": ...}}; only text is supported')
-        content = "\n".join(part["text"] for part in content)
+        content = "\n".join(part[part["type"]] for part in content)
     if not isinstance(content, str):
         raise InflashError(f"{where} should be a string or a list of text parts, found {shown(content)}")
     check_encodable(content, where)
@@ -222,8 +232,8 @@ def _prompt(prompt: Any, where: str) -> Prompt:
     if not isinstance(prompt, list):
         raise InflashError(f"{where} should be {_PROMPT}, found {shown(prompt)}")
     if not prompt:
-        raise InflashError(f"{where} should not be an empty list")
+        raise InflashError(f"{where} should not be an empty list; leave the line out, or write null to begin a new document")
     for place, token in enumerate(prompt):
-        if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < 2**31:
-            raise InflashError(f"{where}[{place}] should be a token id (an integer of at least 0), found {shown(token)}")
+        if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token <= MAX_TOKENS:
+            raise InflashError(f"{where}[{place}] should be a token id (an integer from 0 to {MAX_TOKENS}), found {shown(token)}")
     return tuple(prompt)

@@ -294,7 +294,7 @@ class LLM:
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    if isinstance(prompts, (str, Mapping)):
+    if prompts is None or isinstance(prompts, (str, Mapping)):
         return [prompts]
     if len(prompts) and all(isinstance(item, int) for item in prompts):
         return [list(prompts)]  # pyright: ignore[reportReturnType]

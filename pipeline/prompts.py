@@ -79,10 +79,12 @@ class PromptEncoder:
                 return "", [self._bos_token_id]
         if isinstance(prompt, str):
             if not prompt:
-                raise InflashError("prompt: expected some text, found an empty string")
+                raise InflashError("prompt: expected some text, found an empty string; {'prompt': None} begins a new document")
             return prompt, self._needed_tokenizer().encode(prompt).ids
-        if not isinstance(prompt, Sequence) or not all(isinstance(i, int) and not isinstance(i, bool) for i in prompt):
-            raise InflashError("prompt: expected a text or a list of token ids")
+        if not isinstance(prompt, Sequence):
+            raise InflashError(f"prompt: expected a text or a list of token ids, found {prompt!r:.40}")
+        if others := [i for i in prompt if not isinstance(i, int) or isinstance(i, bool)]:
+            raise InflashError(f"prompt: expected a text or a list of token ids, found {others[0]!r:.40} in a list")
         return None, list(prompt)
 
     def encode_texts(self, texts: Sequence[str]) -> list[list[int]]:

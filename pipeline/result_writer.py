@@ -122,7 +122,7 @@ class ResultWriter:
             if not isinstance(place, ResultFile):
                 others = "nothing can go on from here; give -o a file to keep results in"
             raise RunError(
-                f"{place.name} cannot be written: {reason}; {lost} finished results may be lost, {others}"
+                f"{place.name} cannot be written: {reason}; finished results ({lost}) may be lost, {others}"
             ) from self._failure
 
     def _work(self) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..errors import InflashError
 
-MAX_N = 64
+MAX_N = 128
 MAX_LOGPROBS = 20
 MAX_TOKENS = 2**31 - 1
 MAX_BIASES, MOST_BIAS = 1024, 100
@@ -26,9 +26,9 @@ class SamplingParams:
     """How to choose tokens, and when to stop.
 
     Attributes:
-      n: continuations of the prompt, 1 to 64.
+      n: continuations of the prompt, 1 to 128.
       temperature: 0 for the most likely token always; else the softmax's temperature, up to 1000.
-      top_p: smallest share of the probability, in (0, 1], that the tokens to draw from must hold.
+      top_p: smallest share of the probability, in [0, 1], that the tokens to draw from must hold; 0 leaves the most likely one.
       top_k: number of most likely tokens to draw from; 0 or -1 for all.
       min_p: least probability, as a share in [0, 1] of the most likely token's, of a token to draw.
       seed: same seed, same text; None for one of the engine's.
@@ -67,7 +67,7 @@ class SamplingParams:
     def __post_init__(self) -> None:
         self._integer("n", 1, MAX_N)
         self._number("temperature", 0, 1000)
-        self._number("top_p", 0, 1, above=True)
+        self._number("top_p", 0, 1)
         self._integer("top_k", -1, MAX_TOKENS)
         self._number("min_p", 0, 1)
         self._integer("max_tokens", 1, MAX_TOKENS)
@@ -149,10 +149,10 @@ class SamplingParams:
             raise _wrong(name, f"an integer from {least} to {most}", value)
         self._set(name, int(value))
 
-    def _number(self, name: str, least: float, most: float, *, above: bool = False) -> None:
+    def _number(self, name: str, least: float, most: float) -> None:
         value = getattr(self, name)
-        if not _is_number(value, Real) or not least <= value <= most or (above and value == least):
-            raise _wrong(name, f"a number {'above' if above else 'from'} {least} {'and up ' if above else ''}to {most}", value)
+        if not _is_number(value, Real) or not least <= value <= most:
+            raise _wrong(name, f"a number from {least} to {most}", value)
         self._set(name, float(value))
 
     def _set(self, name: str, value: Any) -> None:
@@ -187,15 +187,15 @@ def _logit_bias(given: Any) -> tuple[tuple[int, float], ...] | None:
         return None
     pairs = list(given.items() if isinstance(given, Mapping) else given) if isinstance(given, (Mapping, list, tuple)) else None
     if pairs is None or not all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in pairs):
-        raise _wrong("logit_bias", "an object of token ids and biases", given)
+        raise _wrong("logit_bias", "biases by token ids", given)
     if len(pairs) > MAX_BIASES:
         raise _wrong("logit_bias", f"for at most {MAX_BIASES} tokens", len(pairs))
     biases: dict[int, float] = {}
     for token, bias in pairs:
-        named = isinstance(token, str) and token.isascii() and token.isdigit() and len(token) <= 10
+        named = isinstance(token, str) and token.isascii() and token.isdigit() and len(token) <= len(str(MAX_TOKENS))
         token_id = int(token) if named else token
         if not _is_token_id(token_id) or token_id in biases:
-            raise _wrong("logit_bias", "an object of token ids (integers of at least 0, each once) and biases", token)
+            raise _wrong("logit_bias", f"biases by token ids (integers from 0 to {MAX_TOKENS}, each once)", token)
         if not _is_number(bias, Real) or not -MOST_BIAS <= bias <= MOST_BIAS:
             raise _wrong(f"logit_bias of token {token_id}", f"a number from {-MOST_BIAS} to {MOST_BIAS}", bias)
         biases[int(token_id)] = float(bias)

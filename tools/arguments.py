@@ -30,8 +30,17 @@ def share_or_count(text: str) -> float | int:
 
 def logit_bias(text: str) -> dict[str, float]:
     """`2=-100,50=3.5` is {"2": -100.0, "50": 3.5}, as JSON would have it."""
-    pairs = [part.split("=") for part in text.split(",")]
-    return {token.strip(): float(bias) for token, bias in pairs}
+    found: dict[str, float] = {}
+    for part in text.split(","):
+        token, equals, bias = part.partition("=")
+        try:
+            if not equals or not token.strip().isdecimal() or token.strip() in found:
+                raise ValueError(part)
+            found[token.strip()] = float(bias)
+        except ValueError:
+            expected = "token ids, each once, and numbers, as in 2=-100,50256=3.5"
+            raise argparse.ArgumentTypeError(f"expected {expected}, found {part!r}") from None
+    return found
 
 
 def token_ids(text: str) -> list[int]:
@@ -181,7 +190,7 @@ SAMPLING_FLAGS: dict[str, dict[str, Any]] = {
     "logit_bias": {
         "type": logit_bias,
         "metavar": "ID=X,ID=X",
-        "help": "added to the logits of these tokens, -100 (never) to 100 (nearly always)",
+        "help": "added to the logits of up to 1024 tokens, -100 (never) to 100 (nearly always), as in 2=-100,50256=3.5",
     },
 }
 

@@ -56,11 +56,11 @@ def run(arguments: argparse.Namespace) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Crossover:
-    """Between which batches the dense stream becomes the faster way of decoding.
+    """Between which batches the dense path becomes the faster way of decoding.
 
     Attributes:
-      sparse_up_to: the largest batch that decoded faster from predicted neurons; None: no batch did.
-      dense_from: the smallest above it, which decoded faster from all neurons in order; None: there is none.
+      sparse_up_to: the largest batch that decoded faster on the sparse path; None: no batch did.
+      dense_from: the smallest above it, which decoded faster on the dense path; None: there is none.
     """
 
     sparse_up_to: int | None
@@ -69,11 +69,10 @@ class Crossover:
     @property
     def sentence(self) -> str:
         if self.sparse_up_to is None:
-            return f"reading all neurons in order is the faster way for a batch of {self.dense_from} already"
+            return f"the dense path decodes faster for a batch of {self.dense_from} already"
         if self.dense_from is None:
-            return f"reading the predicted neurons is the faster way for a batch of {self.sparse_up_to} still"
-        sparse = f"reading the predicted neurons is the faster way up to a batch of {self.sparse_up_to}"
-        return f"{sparse}, all in order from {self.dense_from} on"
+            return f"the sparse path decodes faster for a batch of {self.sparse_up_to} still"
+        return f"the sparse path decodes faster up to a batch of {self.sparse_up_to}, the dense path from {self.dense_from} on"
 
 
 def find_crossover(rows: Sequence[Mapping[str, Any]]) -> Crossover | None:

@@ -281,7 +281,9 @@ class _Stop:
         if self.run is None or self.run.draining:
             raise KeyboardInterrupt
         self.run.draining = True
-        message = f"\ninflash: stopping: {self.run.in_flight} requests are being finished, once more to stop at once\n"
+        message = (
+            f"\ninflash: stopping: requests are being finished ({self.run.in_flight} in flight), once more to stop at once\n"
+        )
         os.write(2, message.encode())  # print might be in the middle of another line
 
     @contextmanager

@@ -109,8 +109,11 @@ HOSTILE = {
     "echo": (with_body(echo=True), "body asks for echo = true, which is not supported: join the prompt and the text yourself"),
     "best_of": (with_body(best_of=4, n=2), "body asks for best_of = 4, .*: all n continuations are returned"),
     "suffix": (with_body(suffix="end"), "body asks for suffix = .*: a text is only continued at its end"),
-    "list as logit_bias": (with_body(logit_bias=[5]), "logit_bias should be an object of token ids and biases, found"),
-    "word as token": (with_body(logit_bias={"five": 1}), "logit_bias should be an object of token ids .*, found 'five'"),
+    "list as logit_bias": (with_body(logit_bias=[5]), "logit_bias should be biases by token ids, found"),
+    "word as token": (
+        with_body(logit_bias={"five": 1}),
+        r"logit_bias should be biases by token ids \(integers from 0 to 2147483647, each once\), found 'five'",
+    ),
     "great bias": (with_body(logit_bias={"5": -101}), "logit_bias of token 5 should be a number from -100 to 100, found -101"),
     "too long": (with_body(prompt="x" * 10_000_000), r"^.*10000\d{3} bytes long; a line may have 4194304"),
 }
@@ -132,6 +135,19 @@ HOSTILE_CHATS = {
     ),
     "half a message": (with_messages({"role": "user", "content": "\ud800"}), r"messages\[0\].content holds half a character"),
     "tool calls": (with_messages({"role": "assistant", "content": "", "tool_calls": [{}]}), r"messages\[0\] has tool_calls"),
+    "a user who refuses": (
+        with_messages({"role": "user", "content": "", "refusal": "no"}),
+        r'messages\[0\] has unknown .*"refusal"',
+    ),
+    "a user's refusal": (
+        with_messages({"role": "user", "content": [{"type": "refusal", "refusal": "no"}]}),
+        "only text is supported",
+    ),
+    "number as refusal": (with_messages({"role": "assistant", "refusal": 5}), "refusal should be a string, found 5"),
+    "a list of refusals": (
+        with_messages({"role": "assistant", "content": [{"type": ["text"], "text": ""}]}),
+        "only text is supported",
+    ),
     "unknown message field": (with_messages({"role": "user", "content": "", "x": 1}), r'messages\[0\] has unknown fields "x"'),
     "number as name": (with_messages({"role": "user", "content": "", "name": 1}), "name should be a string"),
     "prompt in a chat": (with_chat(prompt="x"), 'body has unknown fields "prompt"'),
@@ -273,6 +289,13 @@ def test_a_chat_becomes_messages_and_sampling_parameters(tmp_path):
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}], "name": "ann"},
         {"role": "assistant", "content": "", "tool_calls": None, "refusal": None},
+        {"role": "assistant", "content": None},
+        {"role": "assistant", "refusal": "No."},
+        {
+            "role": "assistant",
+            "content": [{"type": "text", "text": "Well"}, {"type": "refusal", "refusal": "no"}],
+            "refusal": "Sorry.",
+        },
     ]
     body = {"max_completion_tokens": 5, "n": 2, "logprobs": True, "top_logprobs": 3, "stop": "x", "tools": [], "store": False}
     lines = [
@@ -281,7 +304,12 @@ def test_a_chat_becomes_messages_and_sampling_parameters(tmp_path):
         with_chat(logprobs=True, max_tokens=7, max_completion_tokens=7).replace(b"req-1", b"req-3"),
     ]
     first, second, third = read(write(tmp_path, *lines))
-    chat = [messages[0], {"role": "user", "content": "a\nb", "name": "ann"}, {"role": "assistant", "content": ""}]
+    spoken = ["", "", "No.", "Well\nno\nSorry."]
+    chat = [
+        messages[0],
+        {"role": "user", "content": "a\nb", "name": "ann"},
+        *({"role": "assistant", "content": text} for text in spoken),
+    ]
     assert first.prompts == ({"messages": chat},)
     assert first.sampling_params == SamplingParams(max_tokens=5, n=2, logprobs=3, stop="x")
     assert second.sampling_params == SamplingParams(max_tokens=MAX_TOKENS)
@@ -313,8 +341,8 @@ def test_bodies_that_openai_s_schema_takes_are_taken(tmp_path):
     completion = {
         "model": "m",
         "prompt": ["a", "b"],
-        "n": 2,
-        "best_of": 2,
+        "n": 128,
+        "best_of": 128,
         "echo": False,
         "frequency_penalty": 0.5,
         "logprobs": 5,
@@ -327,7 +355,7 @@ def test_bodies_that_openai_s_schema_takes_are_taken(tmp_path):
         "stream_options": None,
         "suffix": None,
         "temperature": 1.5,
-        "top_p": 0.5,
+        "top_p": 0,
         "user": "u",
     }
     chat = {
@@ -353,7 +381,7 @@ def test_bodies_that_openai_s_schema_takes_are_taken(tmp_path):
         "prompt_cache_options": {},
         "prompt_cache_retention": "24h",
         "store": True,
-        "reasoning_effort": None,
+        "reasoning_effort": "none",
         "response_format": {"type": "text"},
         "safety_identifier": "s",
         "seed": 1,
@@ -366,7 +394,7 @@ def test_bodies_that_openai_s_schema_takes_are_taken(tmp_path):
         "tools": [],
         "top_p": 1,
         "user": "u",
-        "verbosity": None,
+        "verbosity": "medium",
     }
     schemas = (CompletionCreateParamsNonStreaming, chat_schema.CompletionCreateParamsNonStreaming)
     for schema, body, url in zip(schemas, (completion, chat), (GOOD["url"], CHAT["url"]), strict=True):

@@ -287,7 +287,7 @@ def test_a_second_call_compiles_nothing(llm: LLM) -> None:
 @pytest.mark.parametrize(
     ("prompt", "message"),
     [
-        ("", "prompt: expected some text, found an empty string"),
+        ("", "prompt: expected some text, found an empty string; {'prompt': None} begins a new document"),
         ({"prompt_token_ids": []}, "prompt: expected at least one token, found none"),
         ([[]], "prompt: expected at least one token, found none"),
         ([VOCAB_SIZE], "prompt: token ids should be from 0 to 257, found 258"),
@@ -295,7 +295,8 @@ def test_a_second_call_compiles_nothing(llm: LLM) -> None:
         ([5] * 64, r"prompt: at most 63 tokens fit \(the limit is 64, one is for the answer\), found 64"),
         ({"text": "sea"}, r"prompt: expected one of 'prompt', 'prompt_token_ids', 'messages', found the keys \['text'\]"),
         ({"prompt": "a", "prompt_token_ids": [3]}, "prompt: expected one of"),
-        ({"prompt_token_ids": [1.5]}, "prompt: expected a text or a list of token ids"),
+        ({"prompt_token_ids": [1.5]}, "prompt: expected a text or a list of token ids, found 1.5 in a list"),
+        (None, "prompt: expected a text or a list of token ids, found None"),
         ([[True, 3]], "prompt: expected a text or a list of token ids"),
     ],
 )

@@ -28,9 +28,9 @@ VLLM_DEFAULTS = {
 }
 
 WRONG = [
-    *[("n", value) for value in (0, -1, 65, 1.0, "1", True, None)],
+    *[("n", value) for value in (0, -1, 129, 1.0, "1", True, None)],
     *[("temperature", value) for value in (-0.1, math.nan, math.inf, "hot", None, True, 10**400)],
-    *[("top_p", value) for value in (0, 0.0, 1.01, -1, math.nan, None)],
+    *[("top_p", value) for value in (1.01, -1, math.nan, None)],
     *[("top_k", value) for value in (-2, 1.5, True, 2**31)],
     *[("min_p", value) for value in (-0.01, 1.01, math.nan)],
     *[("seed", value) for value in (1.0, "7", True, 2**64, -(2**63) - 1, 10**5000)],
@@ -45,7 +45,7 @@ WRONG = [
     *[("frequency_penalty", value) for value in (-2.1, 2.1, math.nan)],
     *[
         ("logit_bias", value)
-        for value in (5, "5", [5], [(1, 2, 3)], {-1: 1}, {"x": 1}, {"1.0": 1}, {True: 1}, {2**31: 1}, {"٣": 1})
+        for value in (5, "5", [5], [(1, 2, 3)], {-1: 1}, {"x": 1}, {"1.0": 1}, {True: 1}, {2**31: 1}, {"٣": 1}, {"9" * 20: 1})
     ],
     *[("logit_bias", value) for value in ({5: 1, "5": 2}, [(5, 1), (5, 2)], dict.fromkeys(range(1025), 1))],
 ]
@@ -65,9 +65,9 @@ def test_a_wrong_value_is_refused_by_name_with_what_was_expected_and_found(name,
 
 def test_values_at_the_edges_are_taken():
     params = SamplingParams(
-        n=64,
+        n=128,
         temperature=0,
-        top_p=1e-9,
+        top_p=0,
         top_k=-1,
         min_p=1,
         seed=-(2**63),

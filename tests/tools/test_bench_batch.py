@@ -25,8 +25,8 @@ def test_rows_show_what_was_read_and_how(
     document = json.loads(printed.splitlines()[-1])
     sparse, dense = document["rows"]
     assert "failed" not in sparse, sparse
-    quicker = "predicted neurons is" if sparse["decode_s"] <= dense["decode_s"] else "all neurons in order is"
-    assert f"crossover: reading {'the ' if 'predicted' in quicker else ''}{quicker} the faster way for a batch of 3" in printed
+    quicker = "sparse" if sparse["decode_s"] <= dense["decode_s"] else "dense"
+    assert f"crossover: the {quicker} path decodes faster for a batch of 3" in printed
     assert sorted(map(str, document["crossover"].values())) == ["3", "None"]
     assert (sparse["tokens"], sparse["steps"], sparse["together"]) == (12, 3, 3)
     assert sparse["cached_layers"] == 2 and sparse["dense_share"] == 0
@@ -38,9 +38,9 @@ def test_rows_show_what_was_read_and_how(
 @pytest.mark.parametrize(
     ("sparse", "dense", "found", "sentence"),
     [
-        ({1: 2.0, 8: 5.0, 64: 9.0}, {1: 7.0, 8: 7.0, 64: 7.0}, (8, 64), "up to a batch of 8, all in order from 64 on"),
-        ({8: 5.0, 1: 2.0}, {8: 7.0, 1: 7.0}, (8, None), "predicted neurons is the faster way for a batch of 8 still"),
-        ({1: 9.0, 8: 9.0}, {1: 7.0, 8: 7.0}, (None, 1), "in order is the faster way for a batch of 1 already"),
+        ({1: 2.0, 8: 5.0, 64: 9.0}, {1: 7.0, 8: 7.0, 64: 7.0}, (8, 64), "up to a batch of 8, the dense path from 64 on"),
+        ({8: 5.0, 1: 2.0}, {8: 7.0, 1: 7.0}, (8, None), "sparse path decodes faster for a batch of 8 still"),
+        ({1: 9.0, 8: 9.0}, {1: 7.0, 8: 7.0}, (None, 1), "dense path decodes faster for a batch of 1 already"),
         ({1: 9.0, 8: 6.0, 64: 9.0}, {1: 7.0, 8: 7.0, 64: 7.0}, (8, 64), "up to a batch of 8"),  # 1 was a hiccup
         ({1: 9.0, 8: 9.0}, {64: 7.0, 8: 8.0}, (None, 8), "for a batch of 8 already"),
         ({1: 9.0}, {8: 7.0}, None, None),

@@ -224,6 +224,18 @@ def test_engine_flags_are_the_engine_options() -> None:
     assert set(flags.ENGINE_FLAGS) == {field.name for field in fields(EngineOptions)}
 
 
+def test_biases_are_written_by_token_ids() -> None:
+    given = flags.sampling_fields(parse("generate", "model", "--prompt", "a", "--logit-bias", "2=-100, 50256=3.5"))
+    assert SamplingParams(**given).biases == ((2, -100.0), (50256, 3.5))
+
+
+@pytest.mark.parametrize(("text", "found"), [("100", "100"), ("100=1,", ""), ("a=1", "a=1"), ("5=x", "5=x"), ("5=1,5=2", "5=2")])
+def test_biases_that_cannot_be_read_are_told_with_an_example(text: str, found: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse("generate", "model", "--prompt", "a", "--logit-bias", text)
+    assert f"as in 2=-100,50256=3.5, found '{found}'" in capsys.readouterr().err
+
+
 def test_sampling_flags_are_the_sampling_params() -> None:
     assert {*flags.SAMPLING_FLAGS, "seed"} == {field.name for field in fields(SamplingParams)}
 
