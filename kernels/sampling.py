@@ -80,7 +80,7 @@ def sample_filtered(
       logits: [B, V] f32.
       temperature: [B] f32; greedy where below 1e-5.
       top_k: [B] int32, 0 or less for all.
-      top_p: [B] f32 in (0, 1].
+      top_p: [B] f32 in [0, 1]; 0 leaves the most likely token.
       min_p: [B] f32 in [0, 1].
       seeds: [B, 2] uint32.
       token_index: [B] int32.
@@ -104,7 +104,7 @@ def kept_tokens(logits: jax.Array, temperature: jax.Array, top_k: jax.Array, top
       logits: [B, V] f32.
       temperature: [B] f32.
       top_k: [B] int32, 0 or less for all.
-      top_p: [B] f32 in (0, 1].
+      top_p: [B] f32 in [0, 1]; 0 leaves the most likely token.
       min_p: [B] f32 in [0, 1].
 
     Returns:

@@ -90,7 +90,7 @@ def test_kept_tokens_are_exactly_the_reference_s(rng, equals):
 
 def test_the_most_likely_token_survives_the_narrowest_filters(rng):
     logits = rng.normal(0, 3, (4, V)).astype(np.float32)
-    narrow = (i32([1, 0, 0, 1]), f32([1, 1e-40, 1, 1e-7]), f32([0, 0, 1, 1]))
+    narrow = (i32([1, 0, 0, 1]), f32([1, 0, 1, 1e-7]), f32([0, 0, 1, 1]))
     kept = np.asarray(sampling.kept_tokens(f32(logits), f32(np.ones(4)), *narrow))
     np.testing.assert_array_equal(kept, np.arange(V) == logits.argmax(-1)[:, None])
 
