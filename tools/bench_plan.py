@@ -22,7 +22,7 @@ from .plan import PARTS
 from .progress import progress_bar
 from .table import table
 
-_TURNS = 8  # of steps between which the machine is looked at, at most
+_TURNS = 20  # of steps between which the machine is looked at, at most
 _PART_NAMES = ("I/O wait ms", "memory ms", "compute ms", "total ms")
 _HEADER = ["batch", "budget", "MiB", "attention", "neurons", *_PART_NAMES, "error", "peak"]
 _WARM_UP = 6  # times as long as what is measured
@@ -81,36 +81,24 @@ class _Comparison:
         if "measured" in row:
             row["error"] = row["predicted"]["total_ms"] / row["measured"]["total_ms"] - 1
         if arguments.grid and "measured" in row:
-            row["grid"] = self._beside(row, planned)
+            row["grid"] = self._beside(planned)
         return row
 
-    def _beside(self, row: dict[str, Any], planned: Any) -> list[dict[str, Any]]:
-        """The neighbours' runs, and how much longer each took than the plan's own before and after it.
+    def _beside(self, planned: Any) -> list[dict[str, Any]]:
+        """The neighbours' runs, each in turn with the plan's own."""
+        from .plan_run import run_in_turns, standing
 
-        All as multiples of what the plan is predicted to take at their pace. The plan runs again after every neighbour, as a yardstick
-        does not show all that changes while a grid runs.
-        """
-        found, before = [], row
-        for name, changes, plan in neighbours(self._planner, planned):
-            other = self._run(plan, planned, replace(self._options, **changes))
-            again = self._run(planned.plan, planned, self._options)
-            own = [before, again] if "measured" in again else [before]
-            if "measured" in other:
-                other["beside_ms"] = [run["measured"]["total_ms"] for run in own]
-                other["longer"] = self._paced(other, planned) / statistics.fmean(self._paced(run, planned) for run in own) - 1
-            found.append({"name": name, **other})
-            before = own[-1]
+        memory, found = planned.memory_bytes, []
+        with standing(self._row_config(planned.plan, self._options), memory) as own:
+            own.answer("ready")
+            for name, changes, plan in neighbours(self._planner, planned):
+                with standing(self._row_config(plan, replace(self._options, **changes)), memory) as other:
+                    try:
+                        other.answer("ready")
+                        found.append({"name": name, **run_in_turns(own, other, self._arguments.seconds), **other.memory()})
+                    except InflashError as error:
+                        found.append({"name": name, "failed": str(error), **other.memory()})
         return found
-
-    def _paced(self, run: dict[str, Any], planned: Any) -> float:
-        """A step of a run as a multiple of what the plan itself is predicted to take at that pace."""
-        return run["measured"]["total_ms"] / statistics.fmean(self._own_ms(planned, state) for state in run["states"])
-
-    def _own_ms(self, planned: Any, state: dict[str, Any]) -> float:
-        """What the plan itself is predicted to take at a pace."""
-        from ..pipeline.machine_state import MachineState
-
-        return self._predict(planned.plan, planned, self._options, MachineState.from_json(state))["total_ms"]
 
     def _predict(self, plan: Any, planned: Any, options: Any, state: Any) -> dict[str, float]:
         from ..pipeline.cost import CostModel
@@ -178,9 +166,11 @@ def _report(store: Store, results: list[dict[str, Any]], plot: Path | None) -> N
     for row in results:
         for other in row.get("grid", []):
             if "measured" in other:
-                beside = " and ".join(f"{ms:.1f}" for ms in other["beside_ms"])
-                took = f"{other['measured']['total_ms']:.1f} ms beside {beside} of the plan itself, {other['longer']:+.0%} at equal pace"
-                print(f"batch {row['batch']}, {row['budget']}%, {other['name']}: {took}")
+                took = f"{other['measured']['total_ms']:.1f} ms beside {other['beside_ms']:.1f} of the plan itself"
+                longer = f"{other['longer']:+.0%}, give or take {other['longer_error']:.0%}"
+                print(f"batch {row['batch']}, {row['budget']}%, {other['name']}: {took}, {longer}")
+            else:
+                print(f"batch {row['batch']}, {row['budget']}%, {other['name']}: {other['failed']}")
     errors = [abs(row["error"]) for row in results if "error" in row]
     summary = {"median_error": statistics.median(errors), "worst_error": max(errors)} if errors else {}
     if errors:

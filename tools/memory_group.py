@@ -1,6 +1,7 @@
 """Memory limits that are real: a cgroup of its own for a command and all that it starts, page cache and shared memory counted."""
 
 import contextlib
+import itertools
 import os
 import subprocess
 import time
@@ -11,6 +12,7 @@ from typing import Any
 
 CGROUP = Path("/sys/fs/cgroup")
 _LEAVE_S = 10.0
+_numbers = itertools.count()
 
 
 class NoCgroup(Exception):
@@ -49,7 +51,7 @@ def memory_group(limit: int) -> Iterator[MemoryGroup]:
         raise NoCgroup("only root may make cgroups")
     version = 1 if (CGROUP / "memory").is_dir() else 2
     parent = CGROUP / "memory" if version == 1 else CGROUP
-    folder = parent / f"inflash-{os.getpid()}"
+    folder = parent / f"inflash-{os.getpid()}-{next(_numbers)}"
     limits = {1: ("memory.limit_in_bytes", "memory.swappiness"), 2: ("memory.max", "memory.swap.max")}[version]
     try:
         if version == 2 and "memory" not in (CGROUP / "cgroup.subtree_control").read_text().split():
@@ -84,7 +86,7 @@ def memory_group_where_possible(limit: int) -> Iterator[MemoryGroup | None]:
 def _remove_left(parent: Path) -> None:
     """Removes groups whose makers were killed and that nobody is in."""
     for folder in parent.glob("inflash-*"):
-        if not Path("/proc", folder.name.removeprefix("inflash-")).exists():
+        if not Path("/proc", folder.name.split("-")[1]).exists():
             with contextlib.suppress(OSError):  # processes are in it still, or somebody else was faster
                 folder.rmdir()
 

@@ -63,7 +63,5 @@ def add_bench_plan(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", type=Path, metavar="FILE", help="figures of inflash probe -o (default: those that are kept)")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw predicted and measured steps; needs inflash[plot]")
-    parser.add_argument(
-        "--grid", action="store_true", help="also measure other plans for each budget, each between two runs of it"
-    )
+    parser.add_argument("--grid", action="store_true", help="also measure other plans for each budget, each in turn with it")
     add_engine_flags(parser)

@@ -1,19 +1,22 @@
-"""A plan run and watched for `inflash bench plan`: some steps, then a look at the machine, and again.
+"""Plans run for `inflash bench plan`, each a process in a memory cgroup of its own that waits after every turn of steps.
 
-What a plan is predicted to take depends on how fast a shared machine is just then. So the run, a process in a memory cgroup of its own,
-waits after every turn while this process, outside of the group, measures the yardstick; each turn is held against what the cost model says
-for the state between its two looks.
+What a plan is predicted to take depends on how fast a shared machine is just then. So between turns this process, outside of the group,
+measures the yardstick; each turn is held against what the cost model says for the state between its two looks. And what another plan
+takes beside it is told by their turns in turn, as no look tells of the seconds in which a machine changes.
 """
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from ..errors import InflashError
 from ..pipeline.machine_state import MachineState
 from .memory_group import memory_group_where_possible
 from .row_process import ALLOWANCE_BYTES, RowProcess, running_row
+
+_MEDIAN_ERROR = 1.25  # of a median, in standard errors of a mean
 
 
 def run_watched(
@@ -34,12 +37,10 @@ def run_watched(
       look: measures the machine.
       predict: parts of a step in a state, in ms.
     """
-    with (
-        memory_group_where_possible(memory_bytes + ALLOWANCE_BYTES) as group,
-        running_row("plan_row", config, group) as row,
-    ):
+    with standing(config, memory_bytes) as row:
         try:
-            turns, result = _take_turns(row, look, seconds, most_steps)
+            row.answer("ready")
+            turns, result = _watched_turns(row, look, seconds, most_steps)
         except InflashError as error:
             return {"failed": str(error), **row.memory()}
         memory = row.memory()
@@ -51,23 +52,61 @@ def run_watched(
     }
 
 
-def _take_turns(
+@contextmanager
+def standing(config: dict[str, Any], memory_bytes: int) -> Iterator[RowProcess]:
+    """A run that says `ready` when it has warmed up, and then makes a turn whenever it is told to; arguments as in `run_watched`."""
+    with (
+        memory_group_where_possible(memory_bytes + ALLOWANCE_BYTES) as group,
+        running_row("plan_row", config, group) as row,
+    ):
+        yield row
+
+
+def run_in_turns(own: RowProcess, other: RowProcess, seconds: float) -> dict[str, Any]:
+    """Two runs that are ready, by turns: what a step of the other took, and how much longer than the own one beside it.
+
+    Args:
+      seconds: for each of both; at least three turns.
+
+    Returns:
+      `measured` and `beside_ms`, means over the turns, of medians; `longer`, the median over neighbouring turns, and its standard error.
+
+    Raises:
+      InflashError: one of them ended.
+    """
+    turns: list[tuple[dict[str, float], dict[str, float]]] = []
+    end = time.perf_counter() + 2 * seconds
+    while len(turns) < 3 or time.perf_counter() < end:
+        turns.append((_turn(own), _turn(other)))
+    times = [beside["total_ms"] / mine["total_ms"] for mine, beside in turns]
+    return {
+        "measured": _means([beside for _, beside in turns]),
+        "beside_ms": statistics.fmean(mine["total_ms"] for mine, _ in turns),
+        "longer": statistics.median(times) - 1,
+        "longer_error": _MEDIAN_ERROR * statistics.stdev(times) / len(times) ** 0.5,
+    }
+
+
+def _watched_turns(
     row: RowProcess, look: Callable[[], MachineState], seconds: float, most_steps: int
 ) -> tuple[list[tuple[dict[str, float], MachineState]], dict[str, Any]]:
     """Medians of each turn and the state that it ran in, and what the run says at its end."""
-    row.answer("ready")
     turns: list[tuple[dict[str, float], MachineState]] = []
     steps, end, before = 0, time.perf_counter() + seconds, look()
     while len(turns) < 2 or (time.perf_counter() < end and steps < most_steps):
-        row.tell("go")
-        samples = row.answer("turn")
-        after = look()
-        medians: dict[str, float] = {name: statistics.median(sample[name] for sample in samples) for name in samples[0]}
-        medians["steps"] = len(samples)
+        medians, after = _turn(row), look()
         turns.append((medians, MachineState.between([before, after])))
-        steps, before = steps + len(samples), after
+        steps, before = steps + medians["steps"], after
     row.end_input()
     return turns, row.answer("result")
+
+
+def _turn(row: RowProcess) -> dict[str, float]:
+    """Medians over the steps of a turn, and how many they were."""
+    row.tell("go")
+    samples = row.answer("turn")
+    medians: dict[str, float] = {name: statistics.median(sample[name] for sample in samples) for name in samples[0]}
+    return medians | {"steps": len(samples)}
 
 
 def _means(turns: list[dict[str, float]]) -> dict[str, float]:

@@ -19,7 +19,7 @@ from .probe_model import small_model
 WIDTH, _LAYERS = 256, 4
 """Of the model: that of the smallest kernels that are timed."""
 _LENGTH, _POSITION = 128, 64
-_TURNS, _TURN_STEPS = 13, 20
+_TURNS, _TURN_STEPS, _LOOKS = 16, 32, 12
 
 
 class TinyModel:
@@ -49,10 +49,11 @@ class TinyModel:
         """
         if not device.keeps(self.store.num_bytes):
             return device
-        whole = self.step_s(device, yardstick, streamed=False)
+        whole, passing = {}, {}
+        for batch in self._batches:
+            whole[batch], passing[batch] = self.steps_s(device, yardstick, batch)
         expected = {batch: self.expected_s(device, batch, streamed=False) for batch in self._batches}
         device = replace(device, cached_share={batch: min(1.0, whole[batch] / expected[batch]) for batch in self._batches})
-        passing = self.step_s(device, yardstick, streamed=True)
         beyond = {batch: passing[batch] - self.expected_s(device, batch, streamed=True) for batch in self._batches}
         return replace(device, item_s={batch: max(0.0, beyond[batch]) / _LAYERS for batch in self._batches})
 
@@ -64,21 +65,29 @@ class TinyModel:
         plan = plan_from_options(self.store, EngineOptions(ffn="resident", max_num_seqs=batch, max_model_len=_LENGTH))
         return replace(plan, streamed_qkv=(streamed,) * _LAYERS, streamed_out=(streamed,) * _LAYERS)
 
-    def step_s(self, device: Any, yardstick: Any, *, streamed: bool) -> dict[int, float]:
-        """Seconds of a step at the pace of the device's own figures, by number of sequences."""
-        found, engine = {}, self._engines[streamed]
-        for batch in self._batches:
-            engine.prepare(batch, _LENGTH, prompts=False)
-            tokens, positions = np.full(batch, 7, np.int32), np.full(batch, _POSITION, np.int32)
-            seconds = []
-            for _ in range(_TURNS):
-                pace = yardstick.cached_kernels()[batch] / device.state.cached_kernel_s[batch]
-                began = time.perf_counter()
-                for _ in range(_TURN_STEPS):
-                    engine.decode(tokens, positions, np.ones(batch, bool))
-                seconds.append((time.perf_counter() - began) / _TURN_STEPS / pace)
-            found[batch] = statistics.median(seconds)
-        return found
+    def steps_s(self, device: Any, yardstick: Any, batch: int) -> tuple[float, float]:
+        """Seconds of a step with everything in memory, and of one that streams, at the pace of the device's own figures.
+
+        They run in turns, and what streams is told by how many times as long as the other it took just then. A shared machine is a fifth
+        off for a turn or for a minute, and a look of some milliseconds beside a turn knows little of either.
+        """
+        paces, wholes, times = [], [], []
+        for _ in range(_TURNS):
+            wholes.append(self._turn_s(batch, streamed=False))
+            paces.append(yardstick.cached_kernels(_LOOKS)[batch] / device.state.cached_kernel_s[batch])  # before anything is read
+            times.append(self._turn_s(batch, streamed=True) / wholes[-1])
+        whole = statistics.median(wholes) / statistics.median(paces)
+        return whole, whole * statistics.median(times)
+
+    def _turn_s(self, batch: int, *, streamed: bool) -> float:
+        """Seconds of each of some steps."""
+        engine = self._engines[streamed]
+        engine.prepare(batch, _LENGTH, prompts=False)
+        tokens, positions = np.full(batch, 7, np.int32), np.full(batch, _POSITION, np.int32)
+        began = time.perf_counter()
+        for _ in range(_TURN_STEPS):
+            engine.decode(tokens, positions, np.ones(batch, bool))
+        return (time.perf_counter() - began) / _TURN_STEPS
 
     def expected_s(self, device: Any, batch: int, *, streamed: bool) -> float:
         """What the cost model says of a step, at the device's own pace."""

@@ -37,7 +37,7 @@ def group() -> Iterator[MemoryGroup]:
 def test_a_group_whose_maker_was_killed_goes_when_the_next_is_made(group: MemoryGroup) -> None:
     ended = subprocess.Popen(["true"])
     ended.wait()
-    left, alive = (group.folder.with_name(f"inflash-{pid}") for pid in (ended.pid, os.getppid()))
+    left, alive = (group.folder.with_name(f"inflash-{pid}-0") for pid in (ended.pid, os.getppid()))
     left.mkdir()
     alive.mkdir()
     try:
@@ -45,6 +45,12 @@ def test_a_group_whose_maker_was_killed_goes_when_the_next_is_made(group: Memory
         assert not left.exists() and alive.exists() and group.folder.exists()
     finally:
         alive.rmdir()
+
+
+def test_one_process_may_have_several_groups(group: MemoryGroup) -> None:
+    with memory_group(2 * LIMIT) as other:
+        assert other.folder != group.folder and other.folder.exists() and group.folder.exists()
+    assert group.folder.exists() and not other.folder.exists()
 
 
 @pytest.mark.parametrize("mode", ["resident", "sparse"])

@@ -43,8 +43,9 @@ def test_a_budget_is_predicted_run_and_compared_and_one_too_small_is_reported(
     document = json.loads(lines[-1])
     (row,) = document["rows"]
     (other,) = row["grid"]
-    assert other["measured"]["total_ms"] > 0 and f"{other['longer']:+.0%} at equal pace" in "\n".join(lines)
-    assert len(other["beside_ms"]) == 2 and other["beside_ms"][0] == row["measured"]["total_ms"] != other["beside_ms"][1]
+    assert other["measured"]["total_ms"] > 0 < other["beside_ms"] and other["measured"]["steps"] >= 6
+    assert other["longer"] > -1 and other["longer_error"] > 0
+    assert f"of the plan itself, {other['longer']:+.0%}, give or take" in "\n".join(lines)
     assert row["measured"]["total_ms"] > 0 and row["measured"]["steps"] >= 2
     assert len(row["states"]) >= 2 and all(state["random_bytes_per_s"] > 0 for state in row["states"])
     assert row["error"] == pytest.approx(row["predicted"]["total_ms"] / row["measured"]["total_ms"] - 1)

@@ -2,7 +2,11 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import cycle
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 
 from inflash.pipeline.device import Device, assumed_device
@@ -28,14 +32,13 @@ def test_the_model_says_what_the_steps_took(tiny: TinyModel, monkeypatch: pytest
     monkeypatch.setattr(probe_tiny_model, "_TURNS", 3)
     monkeypatch.setattr(probe_tiny_model, "_TURN_STEPS", 2)
     took: dict[tuple[bool, int], float] = {}
-    measure = tiny.step_s
+    measure = tiny.steps_s
 
-    def remember(*arguments: object, streamed: bool) -> dict[int, float]:
-        found = measure(*arguments, streamed=streamed)
-        took.update({(streamed, batch): seconds for batch, seconds in found.items()})
-        return found
+    def remember(device: Device, yardstick: Yardstick, batch: int) -> tuple[float, float]:
+        took[False, batch], took[True, batch] = measure(device, yardstick, batch)
+        return took[False, batch], took[True, batch]
 
-    monkeypatch.setattr(tiny, "step_s", remember)
+    monkeypatch.setattr(tiny, "steps_s", remember)
     # Calls that take 10 ms each: no step of so small a model takes as long, so that the share is not cut at 1.
     slow = {name: {batch: each.slower(50) for batch, each in times.items()} for name, times in assumed_device().kernels.items()}
     state = replace(assumed_device().state, cached_kernel_s={1: 1e-3, 8: 1e-3})
@@ -48,6 +51,20 @@ def test_the_model_says_what_the_steps_took(tiny: TinyModel, monkeypatch: pytest
         assert (
             without * (1 - 1e-9) <= tiny.expected_s(found, batch, streamed=True) <= max(without, took[True, batch]) * (1 + 1e-9)
         )
+
+
+@pytest.mark.parametrize("moods", [[1.0], [1.0, 1.5, 0.8]])
+def test_what_streams_is_told_beside_the_other_in_the_same_mood(
+    tiny: TinyModel, monkeypatch: pytest.MonkeyPatch, moods: list[float]
+) -> None:
+    """A machine that is slower for some turns, which the looks do not see: the ratio of the two stays."""
+    mood = cycle(np.repeat(moods, 2).tolist())
+    monkeypatch.setattr(tiny, "_turn_s", lambda batch, *, streamed: next(mood) * (3e-3 if streamed else 1e-3) * batch)
+    looks: Any = SimpleNamespace(cached_kernels=lambda times: {1: 2e-3, 8: 2e-3})
+    known = device(state=replace(assumed_device().state, cached_kernel_s={1: 1e-3, 8: 1e-3}))
+    for batch in (1, 8):
+        whole, streamed = tiny.steps_s(known, looks, batch)
+        assert whole == pytest.approx(batch * 1e-3 / 2) and streamed == pytest.approx(3 * whole)
 
 
 def test_where_no_cache_keeps_the_model_nothing_is_concluded(tiny: TinyModel) -> None:
