@@ -74,6 +74,10 @@ class BatchFile:
         line = self._file.readline()
         return parse_request(parse_object(line), self._numbers[index], *self._defaults)
 
+    def num_bytes(self, index: int) -> int:
+        """Of a request's line, blank ones behind it counted."""
+        return (self._offsets[index + 1] if index + 1 < len(self) else self._version[0]) - self._offsets[index]
+
     def index_of(self, custom_id: str) -> int | None:
         """The place of a request, or None if the file has no such request."""
         digest = _digest(custom_id)

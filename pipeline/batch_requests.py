@@ -11,7 +11,7 @@ from .sampling_params import MAX_LOGPROBS, MAX_TOKENS, SamplingParams
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 URLS = (COMPLETIONS, CHAT)
-MAX_PROMPTS = 2048
+MAX_PROMPTS, MAX_CHOICES = 2048, 4096
 """That a line may have: its answer is held until the last of them is finished."""
 
 ROLES = ("system", "developer", "user", "assistant")
@@ -121,12 +121,17 @@ def parse_request(
     params = SamplingParams.from_defaults(generation_config, **{**command_line, **given})
     for string in params.stop_strings:
         check_encodable(string, "stop")
+    prompts: tuple[Prompt, ...] = ({"messages": _messages(body.get("messages"))},) if chat else _prompts(body)
+    if len(prompts) * params.n > MAX_CHOICES:
+        raise InflashError(
+            f"prompt has {len(prompts)} prompts and n is {params.n}; a line may have {MAX_CHOICES} choices, make several of it"
+        )
     return BatchRequest(
         custom_id=custom_id,
         line=line,
         url=url,
         model=body.get("model"),
-        prompts=({"messages": _messages(body.get("messages"))},) if chat else _prompts(body),
+        prompts=prompts,
         sampling_params=params,
     )
 
@@ -190,8 +195,10 @@ def _message(message: Any, where: str) -> Message:
         if answer and content is None
         else [_content(content, f"{where}.content", ("text", "refusal") if answer else ("text",))]
     )
-    parts += [] if refusal is None else [text_field(message, "refusal", least=0)]
-    found = {"role": role, "content": "\n".join(parts)}
+    if refusal is not None and not isinstance(refusal, str):
+        raise InflashError(f"{where}.refusal should be a string, found {shown(refusal)}")
+    parts += [] if refusal is None else [_content(refusal, f"{where}.refusal", ())]
+    found = {"role": role, "content": "\n".join(filter(None, parts))}
     if message.get("name") is not None:
         found["name"] = text_field(message, "name")
     return found
@@ -218,7 +225,7 @@ def _prompts(body: dict[str, Any]) -> tuple[Prompt, ...]:
     prompt = body["prompt"]
     if prompt is None:
         return (NEW_DOCUMENT,)
-    if not isinstance(prompt, list) or not prompt or not isinstance(prompt[0], (str, list)):
+    if not isinstance(prompt, list) or not prompt or isinstance(prompt[0], (int, float)):
         return (_prompt(prompt, "prompt"),)
     if len(prompt) > MAX_PROMPTS:
         raise InflashError(f"prompt should be a list of at most {MAX_PROMPTS} prompts, found {len(prompt)}; make lines of them")

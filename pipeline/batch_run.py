@@ -86,7 +86,7 @@ class BatchRun:
           RunError: the batch file was changed.
         """
         size = RunSize()
-        for group in in_groups(map(int, np.flatnonzero(~self._done)), self._make):
+        for group in in_groups(map(int, np.flatnonzero(~self._done)), self._make, self._batch.num_bytes):
             for _, requests in group:
                 for request in requests or ():
                     size.add(len(request.prompt_token_ids), request.sampling_params)
@@ -106,7 +106,7 @@ class BatchRun:
             self._requests(on_request),
             on_tokens,
             size=size,
-            ready=lambda: self._writer.ready and (self._partly_begun or not self.draining),
+            ready=lambda: self._partly_begun or (self._writer.ready and not self.draining),
         )
         for output in outputs:
             if self._answered(output):
@@ -128,15 +128,18 @@ class BatchRun:
                     yield f"{place}:{entry.custom_id}", prompt, entry.sampling_params, index + place * len(self._batch)
 
         for each, (index, where) in zip(self._llm.make_requests(asked()), places, strict=True):  # places grow with what is asked
-            if not isinstance(each, InflashError):
-                made[index].append(each)
-            elif index not in self._refusals:
+            if index in self._refusals:
+                continue
+            if isinstance(each, InflashError):
                 self._refusals[index] = re.sub("^prompt:", f"{where}:", str(each))
+                made[index].clear()
+            else:
+                made[index].append(each)
         return [None if index in self._refusals else made[index] for index in indices]
 
     def _requests(self, on_request: Callable[[], object]) -> Iterator[Request]:
         """What can be run, one by one, like prompts together; refuses the rest. Waits while no more results can be kept."""
-        for index, requests in alike_together(map(int, np.flatnonzero(~self._done)), self._make):
+        for index, requests in alike_together(map(int, np.flatnonzero(~self._done)), self._make, self._batch.num_bytes):
             while not self.draining and not self._writer.wait_ready(_LISTEN_S):
                 pass
             if self.draining:

@@ -5,13 +5,11 @@ Where memory has few blocks, requests that begin alike have to run at the same t
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import islice
 
 from .requests import Request
 
-GROUP_SIZE = 128
-"""Lines that are put in order at a time, and kept for it: so many may begin before one that came before them."""
-
+GROUP_SIZE, GROUP_BYTES = 128, 1 << 20
+"""Lines, and bytes of them, that are put in order at a time, and kept for it: so many may begin before one that came before them."""
 
 Line = Sequence[Request] | None
 """The requests of a batch's line; None: it cannot run."""
@@ -20,19 +18,32 @@ Make = Callable[[Sequence[int]], Sequence[Line]]
 """From the indices of lines to what they ask."""
 
 
-def in_groups(indices: Iterable[int], make: Make) -> Iterator[list[tuple[int, Line]]]:
-    """Lines by their indices, `GROUP_SIZE` at a time."""
-    indices = iter(indices)
-    while group := list(islice(indices, GROUP_SIZE)):
+NumBytes = Callable[[int], int]
+"""How long a line is."""
+
+
+def in_groups(indices: Iterable[int], make: Make, num_bytes: NumBytes) -> Iterator[list[tuple[int, Line]]]:
+    """Lines by their indices, a group at a time; a line that is longer than GROUP_BYTES is one by itself."""
+    group: list[int] = []
+    held = 0
+    for index in indices:
+        length = num_bytes(index)
+        if group and (len(group) == GROUP_SIZE or held + length > GROUP_BYTES):
+            yield list(zip(group, make(group), strict=True))
+            group, held = [], 0
+        group.append(index)
+        held += length
+    if group:
         yield list(zip(group, make(group), strict=True))
 
 
-def alike_together(indices: Iterable[int], make: Make) -> Iterator[tuple[int, Line]]:
-    """Lines by their indices, `GROUP_SIZE` at a time in the order of their first prompts' tokens, as words in a dictionary.
+def alike_together(indices: Iterable[int], make: Make, num_bytes: NumBytes) -> Iterator[tuple[int, Line]]:
+    """Lines by their indices, a group at a time in the order of their first prompts' tokens, as words in a dictionary.
 
     Args:
       indices: in the order of the batch.
       make: what cannot run comes first in its group.
+      num_bytes: see `in_groups`.
     """
-    for made in in_groups(indices, make):
+    for made in in_groups(indices, make, num_bytes):
         yield from sorted(made, key=lambda pair: (list(pair[1][0].prompt_token_ids) if pair[1] else [], pair[0]))

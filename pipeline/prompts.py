@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 Prompt = str | Mapping[str, Any] | Sequence[int]
-"""A text, {"prompt": text}, {"messages": [{"role", "content"}]}, {"prompt_token_ids": [...]}, or the token ids themselves."""
+"""A text, {"prompt": text}, {"messages": [{"role", "content"}]}, {"prompt_token_ids": [...]}, the token ids themselves, or NEW_DOCUMENT."""
 
 NEW_DOCUMENT: Prompt = MappingProxyType({"prompt": None})
 """No text: the model begins one, after its begin-of-sequence token."""

@@ -118,9 +118,9 @@ class ResultWriter:
             reason = getattr(self._failure, "strerror", None) or repr(self._failure)
             place = next((place for place in self._places if place.num_waiting), self._places[0])
             lost = sum(place.num_waiting for place in self._places)
-            others = "the others stay in it; make room and run again to go on"
-            if not isinstance(place, ResultFile):
-                others = "nothing can go on from here; give -o a file to keep results in"
+            others = "the others stay; make room and run again to go on"
+            if not isinstance(self._places[0], ResultFile):
+                others = "and nothing can go on from here: give -o a file to keep results in"
             raise RunError(
                 f"{place.name} cannot be written: {reason}; finished results ({lost}) may be lost, {others}"
             ) from self._failure

@@ -89,15 +89,17 @@ class _Comparison:
         from .plan_run import run_in_turns, standing
 
         memory, found = planned.memory_bytes, []
+        limits = {"seconds": self._arguments.seconds, "most_steps": self._arguments.tokens}
         with standing(self._row_config(planned.plan, self._options), memory) as own:
-            own.answer("ready")
-            for name, changes, plan in neighbours(self._planner, planned):
-                with standing(self._row_config(plan, replace(self._options, **changes)), memory) as other:
-                    try:
-                        other.answer("ready")
-                        found.append({"name": name, **run_in_turns(own, other, self._arguments.seconds), **other.memory()})
-                    except InflashError as error:
-                        found.append({"name": name, "failed": str(error), **other.memory()})
+            try:
+                own.answer("ready")
+                for name, changes, plan in neighbours(self._planner, planned):
+                    with standing(self._row_config(plan, replace(self._options, **changes)), memory) as other:
+                        found.append({"name": name, **run_in_turns(own, other, **limits), **other.memory()})
+                own.end_input()
+                own.answer("result")
+            except InflashError as error:
+                found.append({"name": "the plan itself, beside others", "failed": str(error), **own.memory()})
         return found
 
     def _predict(self, plan: Any, planned: Any, options: Any, state: Any) -> dict[str, float]:

@@ -62,29 +62,52 @@ def standing(config: dict[str, Any], memory_bytes: int) -> Iterator[RowProcess]:
         yield row
 
 
-def run_in_turns(own: RowProcess, other: RowProcess, seconds: float) -> dict[str, Any]:
-    """Two runs that are ready, by turns: what a step of the other took, and how much longer than the own one beside it.
+class OwnRunError(InflashError):
+    """The run that others are held against ended."""
+
+
+def run_in_turns(own: RowProcess, other: RowProcess, *, seconds: float, most_steps: int) -> dict[str, Any]:
+    """Two runs by turns: what a step of the other took, and how much longer than the own one beside it.
 
     Args:
-      seconds: for each of both; at least three turns.
+      own: is ready.
+      other: was begun; ended here.
+      seconds, most_steps: for each of both; at least three turns.
 
     Returns:
-      `measured` and `beside_ms`, means over the turns, of medians; `longer`, the median over neighbouring turns, and its standard error.
+      `measured` and `beside_ms`, means over the turns, of medians; `longer`, the median over neighbouring turns, and its standard error;
+      or `failed`.
 
     Raises:
-      InflashError: one of them ended.
+      OwnRunError: see there.
     """
     turns: list[tuple[dict[str, float], dict[str, float]]] = []
-    end = time.perf_counter() + 2 * seconds
-    while len(turns) < 3 or time.perf_counter() < end:
-        turns.append((_turn(own), _turn(other)))
+    try:
+        other.answer("ready")
+        steps, end = 0, time.perf_counter() + 2 * seconds
+        while len(turns) < 3 or (time.perf_counter() < end and steps < most_steps):
+            turns.append((_own_turn(own), _turn(other)))
+            steps += turns[-1][1]["steps"]
+        other.end_input()
+        result = other.answer("result")
+    except OwnRunError:
+        raise
+    except InflashError as error:
+        return {"failed": str(error)}
     times = [beside["total_ms"] / mine["total_ms"] for mine, beside in turns]
     return {
-        "measured": _means([beside for _, beside in turns]),
+        "measured": result | _means([beside for _, beside in turns]),
         "beside_ms": statistics.fmean(mine["total_ms"] for mine, _ in turns),
         "longer": statistics.median(times) - 1,
         "longer_error": _MEDIAN_ERROR * statistics.stdev(times) / len(times) ** 0.5,
     }
+
+
+def _own_turn(own: RowProcess) -> dict[str, float]:
+    try:
+        return _turn(own)
+    except InflashError as error:
+        raise OwnRunError(str(error)) from error
 
 
 def _watched_turns(

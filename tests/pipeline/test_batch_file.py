@@ -87,6 +87,14 @@ HOSTILE = {
         with_body(prompt=["a"] * 2049),
         "prompt should be a list of at most 2048 prompts, found 2049; make lines",
     ),
+    "very many choices": (
+        with_body(prompt=["a"] * 33, n=128),
+        "33 prompts and n is 128; a line may have 4096 choices, make several",
+    ),
+    "null as the first prompt": (
+        with_body(prompt=[None, "a"]),
+        r"prompt\[0\] should be a string or a list of token ids, found nothing",
+    ),
     "null among prompts": (
         with_body(prompt=["a", None]),
         r"prompt\[1\] should be a string or a list of token ids, found nothing",
@@ -143,7 +151,10 @@ HOSTILE_CHATS = {
         with_messages({"role": "user", "content": [{"type": "refusal", "refusal": "no"}]}),
         "only text is supported",
     ),
-    "number as refusal": (with_messages({"role": "assistant", "refusal": 5}), "refusal should be a string, found 5"),
+    "number as refusal": (
+        with_messages({"role": "assistant", "refusal": 5}),
+        r"messages\[0\].refusal should be a string, found 5",
+    ),
     "a list of refusals": (
         with_messages({"role": "assistant", "content": [{"type": ["text"], "text": ""}]}),
         "only text is supported",
@@ -291,6 +302,7 @@ def test_a_chat_becomes_messages_and_sampling_parameters(tmp_path):
         {"role": "assistant", "content": "", "tool_calls": None, "refusal": None},
         {"role": "assistant", "content": None},
         {"role": "assistant", "refusal": "No."},
+        {"role": "assistant", "content": "", "refusal": "No."},
         {
             "role": "assistant",
             "content": [{"type": "text", "text": "Well"}, {"type": "refusal", "refusal": "no"}],
@@ -304,7 +316,7 @@ def test_a_chat_becomes_messages_and_sampling_parameters(tmp_path):
         with_chat(logprobs=True, max_tokens=7, max_completion_tokens=7).replace(b"req-1", b"req-3"),
     ]
     first, second, third = read(write(tmp_path, *lines))
-    spoken = ["", "", "No.", "Well\nno\nSorry."]
+    spoken = ["", "", "No.", "No.", "Well\nno\nSorry."]
     chat = [
         messages[0],
         {"role": "user", "content": "a\nb", "name": "ann"},
@@ -424,6 +436,7 @@ def test_requests_are_found_by_their_custom_id(tmp_path):
     ids = [f"request {number}" for number in range(300)]
     with read_batch(write(tmp_path, *(with_line(custom_id=custom_id) for custom_id in ids))) as batch:
         assert [batch.index_of(custom_id) for custom_id in ids] == list(range(300))
+        assert [batch.num_bytes(index) for index in range(300)] == [len(with_line(custom_id=custom_id)) + 1 for custom_id in ids]
         assert batch.index_of("request 300") is None
         assert batch.request(7).custom_id == "request 7"
 

@@ -151,6 +151,25 @@ def test_who_hurries_does_not_wait_for_a_full_disk(path):
     assert time.monotonic() - began < WAIT_S
 
 
+@pytest.mark.parametrize(("kept", "advice"), [(True, "the others stay; make room and run again"), (False, "give -o a file")])
+def test_whether_a_run_can_go_on_is_told_by_where_its_answers_are(path, kept, advice):
+    """Whichever of the two files it was that could not be written."""
+    full = Disk(path)
+    full.fault = OSError(errno.ENOSPC, "It is full")
+    read, write = os.pipe()
+    pipe = ResultStream(write, "a pipe")
+    answers = Disk(path.with_name("answers")) if kept else pipe
+    try:
+        writer = ResultWriter(answers, full)
+        writer.write(line("a"), succeeded=False)
+        until(lambda: not writer.ready)
+        with pytest.raises(RunError, match=rf"{path.name} cannot be written: It is full; .*{advice}"):
+            writer.close(hurry=True)
+    finally:
+        pipe.close()
+        os.close(read)
+
+
 def test_what_ended_a_run_is_not_hidden_by_a_full_disk(path):
     disk, told = Disk(path), []
     with pytest.raises(KeyError), ResultWriter(disk, tell=told.append) as writer:

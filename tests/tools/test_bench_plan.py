@@ -1,13 +1,16 @@
 """`inflash bench plan`: a plan is run in a process of its own, and what it took stands beside what it was to take."""
 
 import json
+import statistics
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from synthetic_stores import synthetic_store
 from tiny_models import BUFFERED
 
+from inflash.errors import InflashError
 from inflash.pipeline.device import assumed_device
 from inflash.pipeline.hit_curves import assumed_curves
 from inflash.pipeline.options import EngineOptions
@@ -16,6 +19,7 @@ from inflash.storage.store import Store
 from inflash.tools import bench_plan, yardstick
 from inflash.tools.bench_plan import neighbours
 from inflash.tools.cli import main
+from inflash.tools.plan_run import OwnRunError, run_in_turns
 
 pytestmark = pytest.mark.filterwarnings(BUFFERED)
 
@@ -52,6 +56,39 @@ def test_a_budget_is_predicted_run_and_compared_and_one_too_small_is_reported(
     assert document["worst_error"] == document["median_error"] == abs(row["error"])
     assert row["peak_bytes"] is None or row["peak_bytes"] <= row["memory_bytes"] + (64 << 20)
     assert (tmp_path / "budgets.png").exists()
+
+
+class Run:
+    """A row that says what it was told to, and ends where that ends."""
+
+    def __init__(self, *turns: list[float]) -> None:
+        self._turns, self.ended = list(turns), False
+
+    def tell(self, line: str) -> None:
+        assert line == "go"
+
+    def end_input(self) -> None:
+        self.ended = True
+
+    def answer(self, name: str) -> Any:
+        if name == "turn" and not self._turns:
+            raise InflashError("ended with 1")
+        return [{"total_ms": ms} for ms in self._turns.pop(0)] if name == "turn" else {"prompt_s": 1.0}
+
+
+def test_a_neighbour_is_as_much_longer_as_its_turns_are_than_those_beside_them() -> None:
+    own, other = Run([1, 2, 9], [4, 4], [100, 100, 101], [7.0]), Run([3, 3, 1], [4], [250, 150, 1000], [1.0])
+    found = run_in_turns(own, other, seconds=0, most_steps=1000)  # pyright: ignore[reportArgumentType]
+    assert other.ended and not own.ended
+    assert found["longer"] == 0.5 and found["measured"]["steps"] == 7  # three turns: 1.5, 1 and 2.5 times
+    assert found["beside_ms"] == pytest.approx((2 + 4 + 100) / 3) and found["measured"]["total_ms"] == pytest.approx(257 / 3)
+    assert found["longer_error"] == pytest.approx(1.25 * statistics.stdev([1.5, 1, 2.5]) / 3**0.5)
+
+
+def test_the_run_that_ended_is_told_from_the_other() -> None:
+    assert run_in_turns(Run([1], [1], [1]), Run([1]), seconds=0, most_steps=9) == {"failed": "ended with 1"}  # pyright: ignore[reportArgumentType]
+    with pytest.raises(OwnRunError, match="ended with 1"):
+        run_in_turns(Run([1]), Run([1], [1], [1]), seconds=0, most_steps=9)  # pyright: ignore[reportArgumentType]
 
 
 def test_neighbours_are_other_plans_within_the_same_budget(store: Store) -> None:

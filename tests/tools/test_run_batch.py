@@ -146,8 +146,10 @@ def test_a_line_of_several_prompts_has_one_answer_with_the_choices_of_all(store:
     assert found["r0"]["response"]["body"]["usage"]["prompt_tokens"] == 6
 
 
-def test_a_line_that_was_begun_is_finished_by_a_run_that_ends(store: Store, tmp_path: Path) -> None:
-    """Its prompts are many times the slots; some of them are not begun when the run is told to end."""
+def test_a_line_that_was_begun_is_finished_by_a_run_that_ends(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its prompts are many times the slots; some of them are not begun when the run is told to end, and no more results can be kept."""
     prompts = [[[FIRST_BYTE + place] for place in range(20)] for _ in range(3)]
     write_requests(
         tmp_path / "in.jsonl", [{"prompt": each, "temperature": 0, "max_tokens": 4, "ignore_eos": True} for each in prompts]
@@ -155,6 +157,7 @@ def test_a_line_that_was_begun_is_finished_by_a_run_that_ends(store: Store, tmp_
 
     def end(_: int) -> None:
         run.draining = True
+        monkeypatch.setattr(ResultWriter, "ready", property(lambda _: False))
 
     with (
         LLM(store.path, predictor="exact", queue_depth=1, max_num_seqs=4) as llm,
@@ -165,6 +168,7 @@ def test_a_line_that_was_begun_is_finished_by_a_run_that_ends(store: Store, tmp_
         run = BatchRun(llm, batch, np.zeros(3, bool), writer, model="m")
         run.run(run.measure(lambda: None), end, lambda: None)
         assert (run.completed, run.waiting, run.in_flight) == (1, 2, 0)
+        assert llm.times.steps < 40  # 15 with four at a time, 60 one by one
     (answer,) = answers(tmp_path).values()
     assert len(answer["response"]["body"]["choices"]) == 20
 
