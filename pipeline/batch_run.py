@@ -115,7 +115,10 @@ class BatchRun:
             raise AssertionError("a request was left over")
 
     def _make(self, indices: Sequence[int]) -> list[list[Request] | None]:
-        """None for lines that are refused; a chat that could be rendered when it was measured may be so at its turn."""
+        """Requests by lines, each named PLACE:CUSTOM_ID by its place among the line's prompts; None for lines that are refused.
+
+        A chat that could be rendered when it was measured may be refused at its turn.
+        """
         open_ones = [index for index in indices if index not in self._refusals]
         made: dict[int, list[Request]] = {index: [] for index in open_ones}
         places: list[tuple[int, str]] = []

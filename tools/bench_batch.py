@@ -135,16 +135,13 @@ def _report(store: Store, arguments: argparse.Namespace, results: list[dict[str,
 
         save_plot(measured, store, arguments.plot)
         print(f"plot: {arguments.plot}")
-    found = None if crossover is None else asdict(crossover)
-    document = {"model": str(arguments.model), "model_bytes": store.num_bytes, "memory_limit": arguments.memory_limit}
-    print(
-        json.dumps(
-            {
-                **document,
-                "prompt_tokens": arguments.prompt_tokens,
-                "tokens": arguments.tokens,
-                "rows": results,
-                "crossover": found,
-            }
-        )
-    )
+    document = {
+        "model": str(arguments.model),
+        "model_bytes": store.num_bytes,
+        "memory_limit": arguments.memory_limit,
+        "prompt_tokens": arguments.prompt_tokens,
+        "tokens": arguments.tokens,
+        "rows": results,
+        "crossover": None if crossover is None else asdict(crossover),
+    }
+    print(json.dumps(document))
