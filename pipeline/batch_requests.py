@@ -190,14 +190,14 @@ def _message(message: Any, where: str) -> Message:
     known = ("role", "content", "name", *(["refusal"] if answer else []))
     check_known({name: value for name, value in message.items() if name not in nothing}, known, where)
     content, refusal = message.get("content"), message.get("refusal")
-    parts = (
-        []
-        if answer and content is None
-        else [_content(content, f"{where}.content", ("text", "refusal") if answer else ("text",))]
-    )
-    if refusal is not None and not isinstance(refusal, str):
-        raise InflashError(f"{where}.refusal should be a string, found {shown(refusal)}")
-    parts += [] if refusal is None else [_content(refusal, f"{where}.refusal", ())]
+    parts: list[str] = []
+    if content is not None or not answer:
+        parts.append(_content(content, f"{where}.content", ("text", "refusal") if answer else ("text",)))
+    if refusal is not None:
+        if not isinstance(refusal, str):
+            raise InflashError(f"{where}.refusal should be a string, found {shown(refusal)}")
+        check_encodable(refusal, f"{where}.refusal")
+        parts.append(refusal)
     found = {"role": role, "content": "\n".join(filter(None, parts))}
     if message.get("name") is not None:
         found["name"] = text_field(message, "name")

@@ -3,7 +3,7 @@
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -30,10 +30,11 @@ _LISTEN_S = 0.5  # how soon a paused run hears that it is to end
 
 @dataclass(slots=True, kw_only=True)
 class _Answer:
-    """What a line that was begun has so far: one output for each of its prompts, None for what is not finished."""
+    """What a line that was begun has so far, by the places of its prompts."""
 
+    num_prompts: int
     top_logprobs: int
-    outputs: list[RequestOutput | None]
+    outputs: dict[int, RequestOutput] = field(default_factory=dict)
 
 
 class BatchRun:
@@ -159,7 +160,7 @@ class BatchRun:
                 self._fail(custom_id, "out_of_memory", _TOO_LONG.format(length, self._longest))
                 on_request()
                 continue
-            self._begun[custom_id] = _Answer(top_logprobs=params.logprobs or 0, outputs=[None] * len(requests))
+            self._begun[custom_id] = _Answer(num_prompts=len(requests), top_logprobs=params.logprobs or 0)
             for place, request in enumerate(requests, 1):
                 self._partly_begun = place < len(requests)
                 yield request
@@ -176,10 +177,10 @@ class BatchRun:
         place, _, custom_id = output.request_id.partition(":")
         answer = self._begun[custom_id]
         answer.outputs[int(place)] = output
-        outputs = [output for output in answer.outputs if output is not None]
-        if len(outputs) < len(answer.outputs):
+        if len(answer.outputs) < answer.num_prompts:
             return False
         del self._begun[custom_id]
+        outputs = [answer.outputs[place] for place in range(answer.num_prompts)]
         completions = (completion for output in outputs for completion in output.outputs)
         failure = next((completion.failure for completion in completions if completion.failure), None)
         if failure is not None:
