@@ -26,7 +26,7 @@ from .scheduler import Scheduler
 from .step_times import StepTimes
 from .text import TokenBytes
 
-_LONGEST_BY_DEFAULT = 2048
+LONGEST_BY_DEFAULT = 2048
 
 
 class LLM:
@@ -276,7 +276,7 @@ class LLM:
         limit = self.config.max_positions
         if requested is not None and requested > limit:
             raise InflashError(f"max_model_len: the model has {limit} positions, found {requested}")
-        return requested or min(limit, _LONGEST_BY_DEFAULT)
+        return requested or min(limit, LONGEST_BY_DEFAULT)
 
     def _params(self, given: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
         if given is None:

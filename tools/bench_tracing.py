@@ -1,6 +1,6 @@
 """`inflash bench tracing`: what watching costs, on one run that is watched and left alone in turn.
 
-Two runs of the same command differ by several percent on a shared machine. So one engine decodes one text, and every few steps its
+Two runs of the same command differ by several percent on a shared machine. So one engine decodes texts one by one, and every few steps its
 processes are told to record or not to, and samples of /proc are taken or not. Neighbouring stretches are compared: what changes
 slowly cancels, and the mean over many pairs, without the outer quarters, leaves little of what changes fast. On a machine that is too
 restless even for that, the sum says as much: what a span takes, times the engine's spans of a step.
@@ -26,20 +26,27 @@ from .profiler import SAMPLE_EVERY_S, Watch
 from .progress import progress_bar
 
 _WARM_UP = 16  # steps before the first stretch
+_PROMPT_ROOM = 16  # positions of a text that are not decoded
 _POLL_S = 0.005
 _TIMED_SPANS = 20_000
 
 
 def run(arguments: argparse.Namespace) -> int:
+    from ..pipeline.llm import LONGEST_BY_DEFAULT
+
     options = flags.engine_options(arguments)
     for name in ("steps", "tokens"):
         if getattr(arguments, name) < 1:
             raise InflashError(f"--{name}: expected a number from 1 up, found {getattr(arguments, name)}")
+    store = open_store(arguments.model)
+    longest = min(options.max_model_len or LONGEST_BY_DEFAULT, store.config.max_positions)
+    each = min(arguments.tokens, max(1, longest - _PROMPT_ROOM))
+    prompts = ["--prompt=The sea was"] * -(-arguments.tokens // each)
     words = [
-        "generate", str(arguments.model), "--prompt=The sea was", f"--max-tokens={arguments.tokens + 1}", "--ignore-eos", "--temperature=0",
-        "--json", *engine_words(arguments),
+        "generate", str(store.path), *prompts, f"--max-tokens={each + 1}", "--ignore-eos", "--temperature=0", "--json",
+        *engine_words(arguments),
     ]  # fmt: skip
-    watch = Watch(open_store(arguments.model), options.loaders)
+    watch = Watch(store, options.loaders)
     process = watch.start(words, stdout=subprocess.DEVNULL)
     try:
         stretches = _alternate(watch, process, arguments.steps, arguments.tokens)
