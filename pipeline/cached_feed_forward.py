@@ -129,7 +129,6 @@ class CachedFeedForward:
         with self._trace.span(NAMED, layer):
             neuron_ids = _named(tile.predicted, tile.active)
             self._trace.tell(len(neuron_ids))
-        self._trace.names(layer, neuron_ids)
         if layer not in self._prefetches:
             self._caches[layer].begin_token()
             self.last_read[layer] = 0
@@ -141,7 +140,7 @@ class CachedFeedForward:
             if start:
                 total.block_until_ready()  # the slots are about to be overwritten
             some = neuron_ids[start : start + most]
-            total = self._add_turn(layer, some, total, tile, guessing=start == 0)
+            total = self._add_turn(layer, some, total, tile, named=neuron_ids if start == 0 else None)
         return [total]
 
     def _add_turn(
@@ -151,8 +150,9 @@ class CachedFeedForward:
         total: jax.Array,
         tile: Tile,
         *,
-        guessing: bool,
+        named: np.ndarray | None,
     ) -> jax.Array:
+        """Some of a token's neurons; `named`: in its first turn, all of them."""
         with self._managing_memory(LOOK_UP, layer):
             placement = self._caches[layer].place(neuron_ids)
             prefetch = self._take_prefetch(layer, placement)
@@ -162,11 +162,13 @@ class CachedFeedForward:
             self.missed[layer] += len(placement.miss_ids)
             self.last_read[layer] += len(placement.miss_ids)
             self._trace.tell(len(placement.hit_ids), len(placement.miss_ids))
-        if guessing:
+        if named is not None:
             self.prefetch(layer + 1, tile)
         if self._overlap:
             with self._trace.span(HITS, layer, len(ready[0])):
                 total = self._gather(layer, *ready, total, tile)
+        if named is not None:
+            self._trace.names(layer, named)  # while the misses are on their way
         self._pool.wait(ticket if prefetch is None else (*prefetch.ticket, *ticket))
         if not self._overlap:
             late = np.concatenate((ready[0], late[0])), np.concatenate((ready[1], late[1]))

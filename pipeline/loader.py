@@ -111,15 +111,16 @@ class Loader:
             self._note_under_way()
             # Neurons that are asked for meanwhile are what the engine waits for.
             until = self._config.wake_descriptor if self._schedule.between_neurons else None
-            with self._trace.span(READ):
-                tags, results = self._queue.reap(self._schedule.worth_waiting_for(), _LOOK_UP_S, until)
-                self._trace.tell(len(tags))
+            waiting = self._trace.begin(READ)
+            tags, results = self._queue.reap(self._schedule.worth_waiting_for(), _LOOK_UP_S, until)
+            back_ns = time.perf_counter_ns()
             self._note_under_way()
             self._count(reads=len(tags))
             if until is not None:
                 self._take_call()
             for request in self._schedule.take_back(tags, results):
                 self._finish(request)
+            self._trace.end(waiting, len(tags), at_ns=back_ns)  # when the engine goes on already
             self._accept_new()
 
     def _take_call(self) -> None:
@@ -159,10 +160,11 @@ class Loader:
             requests=1,
         )
         self._counted_until = now
-        self._trace.end(request.span, request.num_bytes, self._flow(request.number))
         self._channel.done[request.number % RING_LENGTH] = request.number
         os.eventfd_write(self._config.done_descriptor, 1)
-        self._trace.count_reads(plan.lengths, in_order=request.in_order)  # nobody waits for it
+        # Nobody waits for these.
+        self._trace.end(request.span, request.num_bytes, self._flow(request.number), at_ns=now)
+        self._trace.count_reads(plan.lengths, in_order=request.in_order)
 
     def _flow(self, number: int) -> int:
         return flow_of(self._config.trace_writer - 1, number)

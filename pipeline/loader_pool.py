@@ -293,11 +293,12 @@ class LoaderPool:
         if ticket > RING_LENGTH:  # the record's previous user must be finished
             self.wait(((number, ticket - RING_LENGTH),))
         padded = tuple(parts) + (0,) * (MOST_PARTS - len(parts))
-        with self._trace.span(ASK, -1 if kind == BYTES else source, count, flow_of(number, ticket)):
-            peer.channel.requests[ticket % RING_LENGTH] = (kind, source, start, count, slot, ahead, padded)
-            peer.channel.submitted[0] = ticket
-            peer.submitted = ticket
-            os.eventfd_write(peer.wake, 1)
+        began = time.perf_counter_ns()
+        peer.channel.requests[ticket % RING_LENGTH] = (kind, source, start, count, slot, ahead, padded)
+        peer.channel.submitted[0] = ticket
+        peer.submitted = ticket
+        os.eventfd_write(peer.wake, 1)
+        self._trace.note(began, ASK, -1 if kind == BYTES else source, count, flow_of(number, ticket))
         return number, ticket
 
     def _raise_from(self, descriptor: int) -> None:

@@ -29,21 +29,25 @@ KINDS = (
 
   prompt: tokens. step, sampling: sequences. named: neurons named.
   look up: hits; second: misses. prefetch (its layer is the one asked for): neurons asked for; second: neurons guessed.
-  ask: entries or bytes asked for; second: the request. used (no duration): second: a request whose bytes the enclosing span uses.
-  hits, misses: neurons. block: its number.
+  ask: entries or bytes asked for; second: the request.
+  hits, misses: neurons. block: its number. These, attention, head; second: a request whose bytes are used, 0: of none.
+  used (no duration): second: one more such request of the enclosing span.
   recall (judging a predictor by the exact one): active neurons that it named << 32 | active ones; second: those that it named.
   request (accepted until done): bytes; second: the request. submit: reads begun. read (waiting for the disk): reads that came back.
 """
 
 _COUNTED_TOGETHER = 32  # requests
 _LARGEST_OF_CLASS = 1 << np.arange(SIZE_CLASSES)
-_COMPUTING = frozenset((HITS, MISSES, BLOCK, ATTENTION, HEAD))
+COMPUTING = frozenset((HITS, MISSES, BLOCK, ATTENTION, HEAD))
+"""Kinds that use what was asked for."""
 _LOADER_BITS = 40
 
-_RECORD_BYTES = RECORD.itemsize
-assert struct.calcsize("<qqqqIHh") == _RECORD_BYTES
-_now = time.perf_counter_ns
-_write_record, _write_ending, _write_number = (struct.Struct(form).pack_into for form in ("<qqqqIHh", "<qqq", "<q"))
+_WORD = 8
+_RECORD_WORDS = RECORD.itemsize // _WORD
+_END, _VALUE, _FLOW = 1, 2, 3  # words of a record
+_PAUSED = PAUSED_AT // _WORD
+assert struct.calcsize("<qqqqIHh") == RECORD.itemsize
+_now, _write_record = time.perf_counter_ns, struct.Struct("<qqqqIHh").pack_into
 
 
 def flow_of(loader: int, request: int) -> int:
@@ -67,7 +71,9 @@ class Off:
     def begin(self, kind: int, layer: int = -1, value: int = 0, flow: int = 0) -> int:
         return 0
 
-    def end(self, number: int, value: int = 0, flow: int = 0) -> None: ...
+    def end(self, number: int, value: int = 0, flow: int = 0, at_ns: int = 0) -> None: ...
+
+    def note(self, began_ns: int, kind: int, layer: int = -1, value: int = 0, flow: int = 0) -> None: ...
 
     def arrived(self, ticket: Sequence[tuple[int, int]]) -> None: ...
 
@@ -100,11 +106,12 @@ class Recorder(Off):
     def __init__(self, area: TraceArea, number: int) -> None:
         self._area, self.descriptor, self.sampled, self.step = area, area.descriptor, area.sampled, 0
         self._memory, self._length = area.mapping, area.num_records
-        self._ring, self._written = area.region(number) + PAGE, area.region(number) + WRITTEN_AT
+        self._words = memoryview(area.mapping)[: len(area.mapping) // _WORD * _WORD].cast("q")  # one is set faster than packed
+        self._first, self._written = ((area.region(number) + at) // _WORD for at in (PAGE, WRITTEN_AT))
         self._next = 0
-        self._open: list[
-            tuple[int, int, int, bool]
-        ] = []  # number, value, flow, and whether it computes, of the spans around this one
+        self._open: list[tuple[int, int]] = []  # number and kind of the spans around this one
+        self._rows = {layer: row for row, layer in enumerate(area.sampled)}
+        self._named = np.zeros(int(area.header["d_ff"]), bool)
         self._arrived: list[tuple[int, int]] = []  # requests that are done and not used yet
         self._uncounted: tuple[list[np.ndarray], list[np.ndarray]] = [], []  # lengths of reads, see `count_reads`
         self._header = area.writer_header(number)
@@ -112,41 +119,32 @@ class Recorder(Off):
 
     def begin(self, kind: int, layer: int = -1, value: int = 0, flow: int = 0) -> int:
         """Begins a span that `end` is called for, in any order; returns its number."""
-        memory = self._memory
-        if memory[PAUSED_AT]:
-            return -1
-        number = self._next
-        self._next = following = number + 1
-        at = self._ring + number % self._length * _RECORD_BYTES
-        _write_record(memory, at, _now(), 0, value, flow, self.step, kind, layer)
-        _write_number(memory, self._written, following)
-        return number
+        return self._write(_now(), 0, kind, layer, value, flow)
 
-    def end(self, number: int, value: int = 0, flow: int = 0) -> None:
+    def end(self, number: int, value: int = 0, flow: int = 0, at_ns: int = 0) -> None:
+        """Ends it: now, or `at_ns` of before, for who had better to do then."""
         if 0 <= number >= self._next - self._length:  # else newer ones have taken its place
-            _write_ending(self._memory, self._ring + number % self._length * _RECORD_BYTES + 8, _now(), value, flow)
+            words, at = self._words, self._first + number % self._length * _RECORD_WORDS
+            words[at + _VALUE], words[at + _FLOW] = value, flow
+            words[at + _END] = at_ns or _now()
+
+    def note(self, began_ns: int, kind: int, layer: int = -1, value: int = 0, flow: int = 0) -> None:
+        """A span that is over: what must not be held up is done first."""
+        self._write(began_ns, _now(), kind, layer, value, flow)
 
     def span(self, kind: int, layer: int = -1, value: int = 0, flow: int = 0) -> Self:
         """Begins a span that ends with the `with` block."""
-        memory = self._memory
-        if memory[PAUSED_AT]:
-            number = -1
-        else:  # as `begin` does: a call less, of which a layer has a dozen
-            number = self._next
-            self._next = following = number + 1
-            at = self._ring + number % self._length * _RECORD_BYTES
-            _write_record(memory, at, _now(), 0, value, flow, self.step, kind, layer)
-            _write_number(memory, self._written, following)
-        computes = kind in _COMPUTING
-        self._open.append((number, value, flow, computes))
-        if computes and self._arrived:
-            self._use()
+        if self._arrived and kind in COMPUTING:
+            return self._using(kind, layer, value)
+        self._open.append((self._write(_now(), 0, kind, layer, value, flow), kind))
         return self
 
     def tell(self, value: int, flow: int = 0) -> None:
-        """What the innermost open span is to say when it ends."""
-        number, _, _, computes = self._open[-1]
-        self._open[-1] = number, value, flow, computes
+        """What the innermost open span has to say."""
+        number, _ = self._open[-1]
+        if 0 <= number >= self._next - self._length:
+            words, at = self._words, self._first + number % self._length * _RECORD_WORDS
+            words[at + _VALUE], words[at + _FLOW] = value, flow
 
     def arrived(self, ticket: Sequence[tuple[int, int]]) -> None:
         """These requests (loader, number) are done, and this computation, or the next one, uses them."""
@@ -154,19 +152,19 @@ class Recorder(Off):
 
     def names(self, layer: int, neuron_ids: np.ndarray) -> None:
         """Keeps which neurons a sampled layer's step names: ids [n]."""
-        if layer in self._area.sampled and not self._memory[PAUSED_AT]:
-            named = np.zeros(int(self._area.header["d_ff"]), bool)
+        if layer in self._rows and not self._words[_PAUSED]:
+            named, row = self._named, self.step % NAMED_STEPS
             named[neuron_ids] = True
-            row = self.step % NAMED_STEPS
-            self._area.named[row, self._area.sampled.index(layer)] = np.packbits(named)
+            self._area.named[row, self._rows[layer]] = np.packbits(named)
             self._area.named_steps[row] = self.step
+            named[neuron_ids] = False
 
     def count_reads(self, lengths: np.ndarray, *, in_order: bool) -> None:
         """Counts a request's finished reads [r] of so many bytes by size; `in_order`: of a stretch rather than of picked neurons.
 
         Many requests are counted together, later: one by one that takes a loader as long as the request's spans.
         """
-        if self._memory[PAUSED_AT]:
+        if self._words[_PAUSED]:
             return
         uncounted = self._uncounted[in_order]
         uncounted.append(lengths)
@@ -187,17 +185,36 @@ class Recorder(Off):
         """The region of a loader; -1: there is none left."""
         return loader + 1 if loader + 1 < self._area.num_writers else -1
 
-    def _use(self) -> None:
-        for loader, request in self._arrived:
-            self.end(self.begin(USED), 0, flow_of(loader, request))
+    def _write(self, began_ns: int, ended_ns: int, kind: int, layer: int, value: int, flow: int) -> int:
+        """The next record, and its number."""
+        words = self._words
+        if words[_PAUSED]:
+            return -1
+        number = self._next
+        at = self._first + number % self._length * _RECORD_WORDS
+        _write_record(self._memory, at * _WORD, began_ns, ended_ns, value, flow, self.step, kind, layer)
+        self._next = words[self._written] = number + 1
+        return number
+
+    def _using(self, kind: int, layer: int, value: int) -> Self:
+        """A computation's span, which names the first request that it uses itself."""
+        first, *others = self._arrived
+        self._open.append((self.begin(kind, layer, value, flow_of(*first)), kind))
+        self._use(others)
         self._arrived.clear()
+        return self
+
+    def _use(self, requests: Sequence[tuple[int, int]]) -> None:
+        for loader, request in requests:
+            self.end(self.begin(USED), 0, flow_of(loader, request))
 
     def __exit__(self, *_: object) -> None:
-        number, value, flow, computes = self._open.pop()
-        if computes and self._arrived:  # in naive mode a layer's matrices arrive inside of its span
-            self._use()
+        number, kind = self._open.pop()
+        if self._arrived and kind in COMPUTING:  # in naive mode a layer's matrices arrive inside of its span
+            self._use(self._arrived)
+            self._arrived.clear()
         if 0 <= number >= self._next - self._length:
-            _write_ending(self._memory, self._ring + number % self._length * _RECORD_BYTES + 8, _now(), value, flow)
+            self._words[self._first + number % self._length * _RECORD_WORDS + _END] = _now()
 
 
 OFF = Off()

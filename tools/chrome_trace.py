@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ..pipeline.trace import ASK, KINDS, LAYER, LOOK_UP, PREFETCH, READ, REQUEST, STEP, SUBMIT, USED
+from ..pipeline.trace import ASK, COMPUTING, KINDS, LAYER, LOOK_UP, PREFETCH, READ, REQUEST, STEP, SUBMIT, USED
 from ..pipeline.trace_area import WriterTrace
 
 _ARGUMENTS = {  # what a span's value and second value are called
@@ -20,6 +20,7 @@ _ARGUMENTS = {  # what a span's value and second value are called
     "misses": ("neurons", None), "block": ("block", None), "request": ("bytes", "request"), "submit": ("reads", None),
     "read": ("reads", None),
 }  # fmt: skip
+_FLOWING = {ASK: "s", REQUEST: "t", **dict.fromkeys(COMPUTING, "f")}  # phases of an arrow
 
 Event = dict[str, Any]
 
@@ -81,8 +82,8 @@ class _Track:
             if len(self._lanes) > lanes:
                 yield _metadata(self._pid, thread, "thread_name", name=f"{self._name} requests {len(self._lanes)}")
             yield self._span(thread, begin, end, _name(kind, step, layer), self._arguments(record))
-            if flow in self._asked and kind in (ASK, REQUEST):
-                yield self._flow("s" if kind == ASK else "t", thread, begin, flow)
+            if flow in self._asked and kind in _FLOWING:
+                yield self._flow(_FLOWING[kind], thread, begin, flow) | ({"bp": "e"} if kind in COMPUTING else {})
             yield from self._counters(kind, begin, end or self._last, layer, value, flow)
 
     def _lane(self, begin: int, end: int) -> int:

@@ -92,10 +92,9 @@ def test_a_request_leads_to_the_next_computation_and_only_to_that(area: TraceAre
         with recorder.span(HITS, layer):
             pass
     records = area.read(0).records
-    used = records[records["kind"] == USED]
-    assert used["flow"].tolist() == [flow_of(1, 12), flow_of(0, 4)]
-    hits = records[records["kind"] == HITS][0]
-    assert (used["begin_ns"] > hits["begin_ns"]).all() and (used["begin_ns"] < hits["end_ns"]).all()
+    hits, used = (records[records["kind"] == kind] for kind in (HITS, USED))
+    assert hits["flow"].tolist() == [flow_of(1, 12), 0] and used["flow"].tolist() == [flow_of(0, 4)]
+    assert hits["begin_ns"][0] < used["begin_ns"][0] < hits["end_ns"][0]
 
 
 def test_a_request_that_arrives_inside_of_a_computation_is_used_by_it(area: TraceArea) -> None:
