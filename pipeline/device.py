@@ -9,6 +9,7 @@ import json
 import math
 import os
 import platform
+import statistics
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -217,13 +218,19 @@ class Device:
 
         Args:
           now: measured at the time in question.
-          model_bytes: of a model that is to run; where caches keep it, see `keeps`, memory is nothing to it.
+          model_bytes: of a model that is to run; where caches keep it, see `keeps`, memory is nothing to it, and a step of another such
+            model is the measure.
         """
-        processor = now.processor_s / self.state.processor_s
-        random = now.random_bytes_per_s / self.state.random_bytes_per_s
-        stream = now.stream_bytes_per_s / self.state.stream_bytes_per_s
-        name = "cached_kernel_s" if self.keeps(model_bytes) else "kernel_s"
-        kernels = {batch: getattr(now, name)[batch] / seconds for batch, seconds in getattr(self.state, name).items()}
+        before, processor = self.state, now.processor_s / self.state.processor_s
+        random = now.random_bytes_per_s / before.random_bytes_per_s
+        kernels, items, request = _ratios(now.kernel_s, before.kernel_s), dict.fromkeys(self.item_s, processor), processor
+        if self.keeps(model_bytes) and now.cached_step_s:
+            kernels |= _ratios(now.cached_step_s, before.cached_step_s)
+            # Its matrices are so short that handing them over takes longer than the disk.
+            items = _ratios(now.streamed_step_s, before.streamed_step_s)
+            request = statistics.geometric_mean(items.values())
+            now = replace(now, stream_bytes_per_s=before.stream_bytes_per_s / request)
+        stream = now.stream_bytes_per_s / before.stream_bytes_per_s
         return replace(
             self,
             state=now,
@@ -233,12 +240,12 @@ class Device:
                 name: {batch: each.slower(kernels[batch]) for batch, each in times.items()}
                 for name, times in self.kernels.items()
             },
-            item_s={batch: processor * seconds for batch, seconds in self.item_s.items()},
+            item_s={batch: items[batch] * seconds for batch, seconds in self.item_s.items()},
             layer_s={batch: processor * seconds for batch, seconds in self.layer_s.items()},
             delayed_s={batch: processor * seconds for batch, seconds in self.delayed_s.items()},
             placing=self.placing.slower(processor),
             asking=self.asking.slower(processor),
-            request_s=processor * self.request_s,
+            request_s=request * self.request_s,
             read_cpu_s=processor * self.read_cpu_s,
             stream_cpu_s=processor * self.stream_cpu_s,
         )
@@ -276,6 +283,10 @@ def _between(values: list[int], wanted: float) -> tuple[int, int, float]:
     return low, high, math.log(min(wanted, high) / low) / math.log(high / low)
 
 
+def _ratios(now: Mapping[int, float], before: Mapping[int, float]) -> dict[int, float]:
+    return {batch: now[batch] / seconds for batch, seconds in before.items()}
+
+
 def assumed_device() -> Device:
     """Figures like those of a two-core virtual machine with a virtio disk, for where nothing was measured."""
     curve = {(4 << 10, 1): 40e6, (4 << 10, 128): 250e6, (16 << 10, 1): 130e6, (16 << 10, 128): 700e6}
@@ -285,7 +296,8 @@ def assumed_device() -> Device:
     return Device(
         state=MachineState(
             kernel_s={1: 5.8e-3, 8: 1.2e-2},
-            cached_kernel_s={1: 1e-3, 8: 2e-3},
+            cached_step_s={1: 1.5e-3, 8: 2.5e-3},
+            streamed_step_s={1: 3.5e-3, 8: 5e-3},
             processor_s=5e-3,
             random_bytes_per_s=450e6,
             stream_bytes_per_s=1.4e9,

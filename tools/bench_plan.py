@@ -9,8 +9,10 @@ import argparse
 import json
 import statistics
 import sys
+import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,8 +43,10 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"inflash: warning: {note}", file=sys.stderr)
     runs = [(batch, share) for batch in arguments.batch for share in arguments.budgets]
     results: list[dict[str, Any]] = []
-    comparison = _Comparison(store, options, planner, arguments)
-    with progress_bar(total=len(runs), desc="measuring", unit=" runs") as bar:
+    with (
+        _comparison(store, options, planner, arguments) as comparison,
+        progress_bar(total=len(runs), desc="measuring", unit=" runs") as bar,
+    ):
         for batch, share in runs:
             results.append(comparison.of_budget(batch, share))
             bar.update()
@@ -50,14 +54,26 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
+@contextmanager
+def _comparison(store: Store, options: Any, planner: Any, arguments: argparse.Namespace) -> "Iterator[_Comparison]":
+    """With a yardstick for a model of this size."""
+    from .tiny_model import TinyModel
+    from .yardstick import Yardstick, neuron_files
+
+    device, tiny = planner.device, None
+    with ExitStack() as opened:
+        if device.keeps(store.num_bytes) and device.state.cached_step_s:
+            scratch = Path(opened.enter_context(tempfile.TemporaryDirectory(prefix="inflash-bench-plan-")))
+            tiny = opened.enter_context(TinyModel(scratch / "tiny", tuple(device.state.cached_step_s)))
+        yield _Comparison(store, options, planner, arguments, Yardstick(neuron_files(store), device.state.kernel_s, tiny))
+
+
 class _Comparison:
     """Predicted and measured steps of plans."""
 
-    def __init__(self, store: Store, options: Any, planner: Any, arguments: argparse.Namespace) -> None:
-        from .yardstick import Yardstick, neuron_files
-
+    def __init__(self, store: Store, options: Any, planner: Any, arguments: argparse.Namespace, yardstick: Any) -> None:
         self._store, self._options, self._planner, self._arguments = store, options, planner, arguments
-        self._yardstick = Yardstick(neuron_files(store), planner.device.state.kernel_s)
+        self._yardstick = yardstick
 
     def of_budget(self, batch: int, share: int) -> dict[str, Any]:
         """One budget's plan, predicted and measured, and with --grid its neighbours."""
@@ -116,9 +132,19 @@ class _Comparison:
             planned.memory_bytes,
             seconds=self._arguments.seconds,
             most_steps=self._arguments.tokens,
-            look=self._yardstick.measure,
+            look=partial(self._yardstick.measure, *self._measured(plan)),
             predict=partial(self._predict, plan, planned, options),
         )
+
+    def _measured(self, plan: Any) -> list[str]:
+        """What is looked at between turns: only what says something of this plan."""
+        from ..pipeline.machine_state import MachineState
+
+        kept = self._planner.device.keeps(self._store.num_bytes)
+        idle = {"kernel_s"} if kept else {"cached_step_s"}
+        if not kept or not (any(plan.streamed_qkv) or any(plan.streamed_out) or plan.streamed_head):
+            idle.add("streamed_step_s")
+        return [field.name for field in fields(MachineState) if field.name not in idle]
 
     def _row_config(self, plan: Any, options: Any) -> dict[str, Any]:
         from .plan_text import tokens_for

@@ -19,6 +19,7 @@ from ..pipeline.options import EngineOptions
 from ..pipeline.plan import CACHED, Plan
 from ..storage.store import open_store
 from .ablation_row import held_bytes
+from .decoded_steps import DecodedSteps
 from .row_result import tell_result
 
 
@@ -53,49 +54,13 @@ def measure(config: RowConfig, turns: Iterable[str]) -> dict[str, Any]:
         began = time.perf_counter()
         engine.process_prompts([(row, ids[: config.prompt_tokens]) for row, ids in enumerate(token_ids)])
         prompt_s = time.perf_counter() - began
-        steps = _Steps(engine, token_ids, config.prompt_tokens)
+        steps = DecodedSteps(engine, token_ids, config.prompt_tokens, plan.max_length)
         warm_up = config.most_warm_up if CACHED in plan.ffn else min(config.most_warm_up, 3)
         num_warm = len(steps.run(config.warm_up_s, warm_up))
         print(json.dumps({"ready": True}), flush=True)
         for _ in turns:
             print(json.dumps({"turn": steps.run(config.turn_s)}), flush=True)
         return {"warm_up": num_warm, "prompt_s": prompt_s, "held_bytes": held_bytes(engine)}
-
-
-class _Steps:
-    """Decodes known tokens on and on; at the end of the KV cache it begins again behind the prompts."""
-
-    def __init__(self, engine: Engine, token_ids: np.ndarray, prompt_tokens: int) -> None:
-        self._engine, self._token_ids, self._prompt = engine, token_ids, prompt_tokens
-        self._at = 0
-
-    def run(self, seconds: float, most: int = 1 << 30) -> list[dict[str, float]]:
-        """What each step took, in ms, and what was read for it."""
-        samples: list[dict[str, float]] = []
-        end = time.perf_counter() + seconds
-        while len(samples) < 2 or (time.perf_counter() < end and len(samples) < most):
-            samples.append(self._step())
-        return samples
-
-    def _step(self) -> dict[str, float]:
-        engine, room = self._engine, self._engine.plan.max_length - self._prompt
-        tokens = self._token_ids[:, (self._prompt + self._at) % self._token_ids.shape[1]]
-        positions = np.full(len(tokens), self._prompt + self._at % room, np.int32)
-        times, counters = engine.times.copy(), engine.pool.counters()
-        began = time.perf_counter_ns()
-        engine.decode(tokens, positions, np.ones(len(tokens), bool))
-        total = time.perf_counter_ns() - began
-        self._at += 1
-        waited, managed = engine.times.io_wait_ns - times.io_wait_ns, engine.times.memory_ns - times.memory_ns
-        read = {name: value - counters[name] for name, value in engine.pool.counters().items()}
-        return {
-            "io_wait_ms": waited / 1e6,
-            "memory_ms": managed / 1e6,
-            "compute_ms": (total - waited - managed) / 1e6,
-            "total_ms": total / 1e6,
-            "read_bytes": read["bytes"] + read["gap_bytes"],
-            "reads": read["reads"],
-        }
 
 
 def main() -> int:

@@ -2,7 +2,8 @@
 
 The disk's curve is measured with our read queue alone, and kernels at several widths among themselves. How layers stream and how their
 neurons are fetched is measured with the engine's own parts, see `probe_layer`, and what a whole step takes beyond the sum of its parts with
-a small model and a tiny one, see `probe_model`. Files of some hundred megabytes are written to the disk for that, and removed.
+a small model and a tiny one, see `probe_model` and `probe_tiny_model`. Files of some hundred megabytes are written to the disk for that,
+and removed.
 """
 
 import argparse
@@ -73,7 +74,7 @@ class _Probe:
         from .bench_io import scratch_store
         from .probe_kernels import ProbedKernels
         from .probe_model import SmallModel
-        from .probe_tiny_model import TinyModel
+        from .tiny_model import TinyModel
         from .yardstick import Yardstick, neuron_files
 
         with ThreadPoolExecutor(2) as beside:
@@ -92,12 +93,13 @@ class _Probe:
         from ..pipeline.device import Device, Rate, machine_of
         from ..pipeline.machine_state import MachineState
         from .probe_layer import fetching, streaming
+        from .probe_tiny_model import fitted_to_steps
 
         progress()
-        kernels, pace, cached_pace = self.kernels.measure(_KERNEL_S, self.yardstick.kernels, self.yardstick.cached_kernels)
+        kernels, pace = self.kernels.measure(_KERNEL_S, self.yardstick.kernels)
         progress()
         curve, states = _curve(self.files, self.yardstick, progress)
-        state = replace(MachineState.between(states), kernel_s=pace, cached_kernel_s=cached_pace)
+        state = replace(MachineState.between(states), kernel_s=pace)
         streamed = streaming(self.store, self.yardstick, state, BATCHES)
         progress()
         fetched = fetching(self.own, self.yardstick, state)
@@ -123,7 +125,7 @@ class _Probe:
         progress()
         device = self.small.fitted(device, self.yardstick)
         progress()
-        device = self.tiny.fitted(device, self.yardstick)
+        device = fitted_to_steps(self.tiny, device)
         progress()
         return device
 

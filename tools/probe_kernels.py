@@ -43,20 +43,19 @@ class ProbedKernels:
                 self._cases += [(width, case, case.prepare(case)) for case in (replace(each, native=is_native) for each in cases)]
         compile_all([call for _, _, call in self._cases])
 
-    def measure(
-        self, seconds: float, pace: Callable[[], Pace], cached_pace: Callable[[], Pace]
-    ) -> tuple[dict[str, dict[int, KernelTimes]], Pace, Pace]:
-        """Times by a `Device`'s names and number of sequences, and the paces that they are told for.
+    def measure(self, seconds: float, pace: Callable[[], Pace]) -> tuple[dict[str, dict[int, KernelTimes]], Pace]:
+        """Times by a `Device`'s names and number of sequences, and the pace that they are told for.
+
+        Those of the least width are measured among themselves, as they come: a model so small stays in the processor's caches, too, and
+        the tiny model's steps say what they take in a run.
 
         Args:
           seconds: length of each measurement.
           pace: once a round beside kernels whose weights no cache holds.
-          cached_pace: beside those of the least width, which are measured among themselves: a model so small stays in the processor's
-            caches, too.
         """
         least = min(width for width, _, _ in self._cases)
-        small, cached = self._timed(lambda width: width == least, seconds, cached_pace)
-        large, beyond_caches = self._timed(lambda width: width > least, seconds, pace)
+        small, _ = self._timed(lambda width: width == least, seconds, lambda: dict.fromkeys(self._widths, 1.0))
+        large, median = self._timed(lambda width: width > least, seconds, pace)
         measured = small | large
         looking = {batch: self._looking_back(measured, batch) for batch in self._widths}
         found: dict[str, dict[int, KernelTimes]] = {name: {} for name in _NAMES}
@@ -71,7 +70,7 @@ class ProbedKernels:
                     ]
                 found[name][batch] = KernelTimes.of(points)
         keys_and_values = {batch: KernelTimes.along(rate) for batch, rate in looking.items()}
-        return found | {"keys and values": keys_and_values}, beyond_caches, cached
+        return found | {"keys and values": keys_and_values}, median
 
     def _measured(self, kernel: str, batch: int) -> Sequence[int]:
         """The widths at which a kernel of `kernel_cases` is timed."""

@@ -26,9 +26,9 @@ from ..storage.read_rate import read_rate
 from ..storage.shard_index import open_raw_array
 from ..storage.store import Store
 from .stopwatch import seconds_of
+from .tiny_model import TinyModel
 
 _ROWS, _COLUMNS = 16384, 4096  # 128 MiB in bf16: beyond any cache
-_CACHED_ROWS, _CACHED_COLUMNS, _CACHED_CALLS = 1024, 512, 16  # a matrix of 1 MiB
 _READ_BYTES, _READ_DEPTH = 8 << 10, 128
 _BLOCK_BYTES, _BLOCK_DEPTH = 512 << 10, 12
 _DISK_S = 0.08
@@ -39,23 +39,24 @@ _NEURONS, _SLOTS, _NAMED, _PLACINGS = 8192, 2048, 400, 24
 class Yardstick:
     """The pieces of work, ready to be timed."""
 
-    def __init__(self, files: Sequence[tuple[Path, int]], batches: Iterable[int]) -> None:
+    def __init__(self, files: Sequence[tuple[Path, int]], batches: Iterable[int], tiny: TinyModel | None = None) -> None:
         """Compiles.
 
         Args:
           files: on the disk in question, and their sizes; taken in turn. A store's own, where one is to be read: a disk is faster with
             what was written or read lately.
           batches: numbers of sequences that products are timed for.
+          tiny: whose steps are timed, for a model that stays in the processor's caches as this one does.
         """
         native_library.choose()
         self._files = cycle(files)
         self._products = _products(batches, _ROWS, _COLUMNS)
-        self._cached_products = _products(batches, _CACHED_ROWS, _CACHED_COLUMNS)
         rng = np.random.default_rng(0)
         self._named = [np.sort(rng.choice(_NEURONS, _NAMED, replace=False)).astype(np.int32) for _ in range(_PLACINGS)]
         self._pieces: dict[str, Callable[[], Any]] = {
             "kernel_s": partial(self.kernels, 3),
-            "cached_kernel_s": partial(self.cached_kernels, 8),
+            "cached_step_s": partial(tiny.steps_s, streamed=False) if tiny else dict,
+            "streamed_step_s": partial(tiny.steps_s, streamed=True) if tiny else dict,
             "processor_s": lambda: min(seconds_of(self._place) for _ in range(3)),
             "random_bytes_per_s": lambda: self._reading(_READ_BYTES, _READ_DEPTH, in_order=False),
             "stream_bytes_per_s": lambda: self._reading(_BLOCK_BYTES, _BLOCK_DEPTH, in_order=True),
@@ -63,7 +64,7 @@ class Yardstick:
         self._state = MachineState(**{name: piece() for name, piece in self._pieces.items()})  # compiles
 
     def measure(self, *fields: str) -> MachineState:
-        """About half a second, each reading an eighth.
+        """About half a second, each reading an eighth; the tiny model's steps take as long, and those that stream a second.
 
         Args:
           fields: of the state that are measured, the others stay as they were the last time; without any, all are.
@@ -79,10 +80,6 @@ class Yardstick:
     def kernels(self, times: int = 2) -> dict[int, float]:
         """Only the products with a matrix that no cache holds."""
         return _medians(self._products, times)
-
-    def cached_kernels(self, times: int = 5) -> dict[int, float]:
-        """Only those with one that stays in the caches, many calls of it at a time."""
-        return _medians(self._cached_products, times, _CACHED_CALLS)
 
     def _reading(self, size: int, depth: int, *, in_order: bool) -> float:
         file, file_bytes = next(self._files)
@@ -112,6 +109,6 @@ def _completed(product: Callable[..., jax.Array], vectors: jax.Array, weight: ja
     return product(vectors, weight).block_until_ready()
 
 
-def _medians(products: Mapping[int, Callable[[], object]], times: int, calls: int = 1) -> dict[int, float]:
-    """Median seconds of so many calls together, done so many times, by number of sequences."""
-    return {batch: statistics.median(seconds_of(call, calls) for _ in range(times)) for batch, call in products.items()}
+def _medians(products: Mapping[int, Callable[[], object]], times: int) -> dict[int, float]:
+    """Median seconds of so many calls, by number of sequences."""
+    return {batch: statistics.median(seconds_of(call) for _ in range(times)) for batch, call in products.items()}

@@ -181,7 +181,8 @@ def test_a_machine_that_others_use_is_as_much_slower_as_what_it_is_slow_at() -> 
     state = device.state
     slow = MachineState(
         kernel_s={batch: 2 * each for batch, each in state.kernel_s.items()},
-        cached_kernel_s={batch: 6 * each for batch, each in state.cached_kernel_s.items()},
+        cached_step_s={batch: 6 * each for batch, each in state.cached_step_s.items()},
+        streamed_step_s={batch: 7 * each for batch, each in state.streamed_step_s.items()},
         processor_s=3 * state.processor_s,
         random_bytes_per_s=state.random_bytes_per_s / 4,
         stream_bytes_per_s=state.stream_bytes_per_s / 5,
@@ -194,6 +195,8 @@ def test_a_machine_that_others_use_is_as_much_slower_as_what_it_is_slow_at() -> 
     assert now.stream_bytes_per_s == pytest.approx(device.stream_bytes_per_s / 5)
     small = replace(device, cache_bytes=32 << 20).in_state(slow, 16 << 20)
     assert small.kernel_s("attention", 8, 1e6) == pytest.approx(6 * device.kernel_s("attention", 8, 1e6))
+    assert small.item_s == {batch: pytest.approx(7 * each) for batch, each in device.item_s.items()}
+    assert small.stream_bytes_per_s == pytest.approx(device.stream_bytes_per_s / 7)
     assert replace(device, cache_bytes=32 << 20).in_state(slow, 17 << 20).kernels == now.kernels
     assert now.in_state(state).placing.seconds(100) == pytest.approx(device.placing.seconds(100))
     assert MachineState.between([state, slow, slow]) == slow

@@ -16,7 +16,7 @@ from inflash.pipeline.hit_curves import assumed_curves
 from inflash.pipeline.options import EngineOptions
 from inflash.pipeline.planner import Planner
 from inflash.storage.store import Store
-from inflash.tools import bench_plan, yardstick
+from inflash.tools import bench_plan, tiny_model, yardstick
 from inflash.tools.bench_plan import neighbours
 from inflash.tools.cli import main
 from inflash.tools.plan_run import OwnRunError, run_in_turns
@@ -56,6 +56,27 @@ def test_a_budget_is_predicted_run_and_compared_and_one_too_small_is_reported(
     assert document["worst_error"] == document["median_error"] == abs(row["error"])
     assert row["peak_bytes"] is None or row["peak_bytes"] <= row["memory_bytes"] + (64 << 20)
     assert (tmp_path / "budgets.png").exists()
+
+
+def test_a_model_that_caches_keep_goes_by_the_steps_of_another(
+    store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is looked at between turns is the tiny model, with its attention streamed where the plan streams something."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for name, value in {"_ROWS": 256, "_DISK_S": 0.003}.items():
+        monkeypatch.setattr(yardstick, name, value)
+    monkeypatch.setattr(tiny_model, "_STEPS", 2)
+    known = replace(assumed_device(), cache_bytes=1 << 30)
+    (tmp_path / "device.json").write_text(json.dumps(known.to_json()))
+    command = ["bench", "plan", str(store.path), "--budgets", "1,100", "--batch", "1", "--length", "64", "--seconds", "0.1"]
+    assert main([*command, "--above-least", "--device", str(tmp_path / "device.json")]) == 0
+    for row in json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]:
+        plan, looks = row["plan"], row["states"]
+        streams = any(plan["streamed_qkv"] + plan["streamed_out"]) or plan["streamed_head"]
+        assert streams == (row["budget"] == 1)
+        assert len({look["cached_step_s"]["1"] for look in looks}) == len(looks)
+        assert (len({look["streamed_step_s"]["1"] for look in looks}) == len(looks)) == streams
+        assert len({look["kernel_s"]["1"] for look in looks}) == 1
 
 
 class Run:

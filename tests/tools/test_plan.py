@@ -12,7 +12,7 @@ from tiny_models import BUFFERED
 from inflash.pipeline import calibration, device
 from inflash.pipeline.hit_curves import find_curves
 from inflash.storage.store import Store
-from inflash.tools import probe, probe_layer, probe_model, probe_tiny_model, yardstick
+from inflash.tools import probe, probe_layer, probe_model, probe_tiny_model, tiny_model, yardstick
 from inflash.tools.cli import main
 
 pytestmark = pytest.mark.filterwarnings(BUFFERED)
@@ -37,7 +37,7 @@ def quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"_WIDTH": 256, "_LAYERS": 2, "_TURNS": 1, "_TURN_STEPS": 2, "_SHARES": np.array([0.7])}.items():
         monkeypatch.setattr(probe_model, name, value)
     monkeypatch.setattr(probe_tiny_model, "_TURNS", 1)
-    monkeypatch.setattr(probe_tiny_model, "_TURN_STEPS", 2)
+    monkeypatch.setattr(tiny_model, "_STEPS", 2)
     for name, value in {"_ROWS": 256, "_DISK_S": 0.003, "_PLACINGS": 2}.items():
         monkeypatch.setattr(yardstick, name, value)
     monkeypatch.setattr(calibration, "TOKENS", 128)

@@ -31,7 +31,8 @@ def steps(store: Store, device: Device, batch: int, missed: float, slower: float
     state = device.state
     then = MachineState(
         kernel_s={size: slower * seconds for size, seconds in state.kernel_s.items()},
-        cached_kernel_s={size: slower * seconds for size, seconds in state.cached_kernel_s.items()},
+        cached_step_s={size: slower * seconds for size, seconds in state.cached_step_s.items()},
+        streamed_step_s={size: slower * seconds for size, seconds in state.streamed_step_s.items()},
         processor_s=slower * state.processor_s,
         random_bytes_per_s=state.random_bytes_per_s / slower,
         stream_bytes_per_s=state.stream_bytes_per_s / slower,
