@@ -153,6 +153,10 @@ class Device:
         """Whether the processor's caches keep a model from step to step: half of the last one does."""
         return model_bytes <= self.cache_bytes / 2
 
+    def goes_by_steps(self, model_bytes: float) -> bool:
+        """Whether a model's pace is that of another one's steps, both kept by the caches, rather than that of memory."""
+        return self.keeps(model_bytes) and bool(self.state.cached_step_s)
+
     def for_model(self, model_bytes: float) -> "Device":
         """With the kernels as they are in a run of a model of this size."""
         if not self.keeps(model_bytes):
@@ -218,13 +222,12 @@ class Device:
 
         Args:
           now: measured at the time in question.
-          model_bytes: of a model that is to run; where caches keep it, see `keeps`, memory is nothing to it, and a step of another such
-            model is the measure.
+          model_bytes: of a model that is to run, see `goes_by_steps`.
         """
         before, processor = self.state, now.processor_s / self.state.processor_s
         random = now.random_bytes_per_s / before.random_bytes_per_s
         kernels, items, request = _ratios(now.kernel_s, before.kernel_s), dict.fromkeys(self.item_s, processor), processor
-        if self.keeps(model_bytes) and now.cached_step_s:
+        if self.goes_by_steps(model_bytes):
             kernels |= _ratios(now.cached_step_s, before.cached_step_s)
             # Its matrices are so short that handing them over takes longer than the disk.
             items = _ratios(now.streamed_step_s, before.streamed_step_s)

@@ -62,7 +62,7 @@ def _comparison(store: Store, options: Any, planner: Any, arguments: argparse.Na
 
     device, tiny = planner.device, None
     with ExitStack() as opened:
-        if device.keeps(store.num_bytes) and device.state.cached_step_s:
+        if device.goes_by_steps(store.num_bytes):
             scratch = Path(opened.enter_context(tempfile.TemporaryDirectory(prefix="inflash-bench-plan-")))
             tiny = opened.enter_context(TinyModel(scratch / "tiny", tuple(device.state.cached_step_s)))
         yield _Comparison(store, options, planner, arguments, Yardstick(neuron_files(store), device.state.kernel_s, tiny))
@@ -132,17 +132,17 @@ class _Comparison:
             planned.memory_bytes,
             seconds=self._arguments.seconds,
             most_steps=self._arguments.tokens,
-            look=partial(self._yardstick.measure, *self._measured(plan)),
+            look=partial(self._yardstick.measure, *self._telling(plan)),
             predict=partial(self._predict, plan, planned, options),
         )
 
-    def _measured(self, plan: Any) -> list[str]:
+    def _telling(self, plan: Any) -> list[str]:
         """What is looked at between turns: only what says something of this plan."""
         from ..pipeline.machine_state import MachineState
 
-        kept = self._planner.device.keeps(self._store.num_bytes)
-        idle = {"kernel_s"} if kept else {"cached_step_s"}
-        if not kept or not (any(plan.streamed_qkv) or any(plan.streamed_out) or plan.streamed_head):
+        by_steps = self._planner.device.goes_by_steps(self._store.num_bytes)
+        idle = {"kernel_s"} if by_steps else {"cached_step_s"}
+        if not by_steps or not (any(plan.streamed_qkv) or any(plan.streamed_out) or plan.streamed_head):
             idle.add("streamed_step_s")
         return [field.name for field in fields(MachineState) if field.name not in idle]
 

@@ -29,12 +29,17 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
     return synthetic_store(tmp_path_factory.mktemp("planted") / "store")
 
 
-def test_a_budget_is_predicted_run_and_compared_and_one_too_small_is_reported(
-    store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty cache, and looks that take no time."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     for name, value in {"_ROWS": 256, "_DISK_S": 0.003}.items():
         monkeypatch.setattr(yardstick, name, value)
+
+
+def test_a_budget_is_predicted_run_and_compared_and_one_too_small_is_reported(
+    store: Store, quick: None, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     command = ["bench", "plan", str(store.path), "--budgets", "50", "--batch", "2", "--length", "64", "--seconds", "0.1"]
     assert main(command) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -59,12 +64,9 @@ def test_a_budget_is_predicted_run_and_compared_and_one_too_small_is_reported(
 
 
 def test_a_model_that_caches_keep_goes_by_the_steps_of_another(
-    store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    store: Store, quick: None, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is looked at between turns is the tiny model, with its attention streamed where the plan streams something."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    for name, value in {"_ROWS": 256, "_DISK_S": 0.003}.items():
-        monkeypatch.setattr(yardstick, name, value)
     monkeypatch.setattr(tiny_model, "_STEPS", 2)
     known = replace(assumed_device(), cache_bytes=1 << 30)
     (tmp_path / "device.json").write_text(json.dumps(known.to_json()))
