@@ -181,14 +181,17 @@ class LoaderPool:
           Exception: whatever a loader met, with the loader's traceback as a note.
           RunError: a loader died, or not one read came back for a minute.
         """
-        if not self.finished(ticket):
-            began = time.perf_counter_ns()
-            with self._trace.span(WAIT):
-                self._wait(ticket)
-            self.wait_ns += time.perf_counter_ns() - began
+        self._wait(ticket)
         self._trace.arrived(ticket)
 
     def _wait(self, ticket: Ticket) -> None:
+        if not self.finished(ticket):
+            began = time.perf_counter_ns()
+            with self._trace.span(WAIT):
+                self._wait_on(ticket)
+            self.wait_ns += time.perf_counter_ns() - began
+
+    def _wait_on(self, ticket: Ticket) -> None:
         deadline, seen = time.monotonic() + _STALL_S, self._reads_back()
         while not self.finished(ticket):
             self._say_awaited(ticket)
@@ -291,7 +294,7 @@ class LoaderPool:
         peer = self._peers[number]
         ticket = peer.submitted + 1
         if ticket > RING_LENGTH:  # the record's previous user must be finished
-            self.wait(((number, ticket - RING_LENGTH),))
+            self._wait(((number, ticket - RING_LENGTH),))
         padded = tuple(parts) + (0,) * (MOST_PARTS - len(parts))
         began = time.perf_counter_ns()
         peer.channel.requests[ticket % RING_LENGTH] = (kind, source, start, count, slot, ahead, padded)

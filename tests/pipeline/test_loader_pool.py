@@ -16,11 +16,12 @@ from pipeline_bench import NUM_SLOTS, bench
 from tiny_models import flip_byte, write_neurons
 
 from inflash.errors import InflashError, RunError
-from inflash.pipeline import loader_pool
+from inflash.pipeline import loader_pool, trace
 from inflash.pipeline.channel import RING_LENGTH
 from inflash.pipeline.loader_pool import LoaderPool
 from inflash.pipeline.slab import Slab, SlabPlan
 from inflash.pipeline.staging import is_staged
+from inflash.pipeline.trace_area import TraceArea
 from inflash.storage.layout import bundles_path
 from inflash.storage.store import Store
 
@@ -103,6 +104,25 @@ def test_nothing_to_read_is_finished_at_once(neurons) -> None:
         ticket = b.pool.scatter(0, np.empty(0, np.int64), np.empty(0, np.int64), b.slots_at)
         b.pool.wait(ticket)
         assert b.pool.counters()["bytes"] == b.pool.bytes_requested == 0
+
+
+def test_a_request_is_traced_to_its_own_computation_however_many_there_were(neurons) -> None:
+    """Also when its place in the ring is taken by another one."""
+    area = TraceArea.make(num_writers=2, num_layers=2, d_ff=500)
+    recorder = trace.attach(area.descriptor)
+    try:
+        with bench(neurons[0], loaders=1) as b:
+            for number in range(RING_LENGTH + 20):
+                b.scatter(0, np.array([number]), np.array([0]))
+                with recorder.span(trace.HITS, 0):
+                    pass
+        records = area.read(0).records
+        asked, used = (records[records["kind"] == kind]["flow"] for kind in (trace.ASK, trace.HITS))
+        assert asked.tolist() == used.tolist() and len(set(used.tolist())) == RING_LENGTH + 20
+        assert not (records["kind"] == trace.USED).any()
+    finally:
+        trace.detach()
+        area.close()
 
 
 def test_more_requests_than_the_ring_holds_may_be_under_way(neurons) -> None:
