@@ -81,7 +81,7 @@ def _unless_waiting(finished: Callable) -> Callable:
     import sys
 
     def reported(pool: LoaderPool, ticket) -> bool:
-        return sys._getframe(1).f_code.co_name in ("wait", "_wait", "_submit") and finished(pool, ticket)
+        return sys._getframe(1).f_code.co_name in ("wait", "_wait", "_wait_on") and finished(pool, ticket)
 
     return reported
 
