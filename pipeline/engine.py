@@ -25,7 +25,7 @@ from .block_pool import BLOCK_SIZE
 from .chunks import Chunk, num_tokens, pack_prompts, sizes_for
 from .feed_forward import Tile
 from .fixed_shapes import SMALLEST_CAPACITY, capacity_for, doublings, fitting
-from .host_memory import check_fits, keep_one_arena, trim
+from .host_memory import check_fits, keep_few_arenas, trim
 from .kv_cache import KVCache, num_cache_blocks
 from .layered_feed_forward import LayeredFeedForward
 from .live import LivePage, about_run
@@ -86,7 +86,7 @@ class Engine:
           InflashError: the options do not fit the store, or memory is too small for them; nothing was started then.
         """
         self._native = native_library.choose()  # before anything is traced
-        keep_one_arena()
+        keep_few_arenas()
         self.plan = plan or plan_from_options(store, options)
         self.store, self.config, self.options = store, store.config, options
         self.times, self._trace = times or StepTimes(), recorder()

@@ -38,9 +38,8 @@ def available_bytes() -> int:
 @cache
 def engine_bytes() -> int:
     """What the engine's process takes on this machine, before any weights."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     plugins = metadata.entry_points(group="jax_plugins")
-    return _ENGINE_BYTES + max(cores - 2, 0) * _CORE_BYTES + bool(plugins) * _PLUGIN_BYTES
+    return _ENGINE_BYTES + max(_cores() - 2, 0) * _CORE_BYTES + bool(plugins) * _PLUGIN_BYTES
 
 
 def program_bytes(loaders: int, *, from_nothing: bool = False) -> int:
@@ -51,10 +50,13 @@ def program_bytes(loaders: int, *, from_nothing: bool = False) -> int:
     return max(engine_bytes() - resident_pages * os.sysconf("SC_PAGE_SIZE"), 0) + loaders * LOADER_BYTES
 
 
-def keep_one_arena() -> None:
-    """Makes glibc's malloc serve all threads from one arena: with one for each of XLA's, what one has freed no other can use."""
+def keep_few_arenas() -> None:
+    """Bounds the arenas of glibc's malloc, of which each thread would get one, and what one thread has freed no other could use.
+
+    One for all is too few: the threads that compute then wait for each other's locks, for a tenth of a step that takes milliseconds.
+    """
     if hasattr(_libc, "mallopt"):
-        _libc.mallopt(_M_ARENA_MAX, 1)
+        _libc.mallopt(_M_ARENA_MAX, 2 + _cores())
 
 
 def trim() -> None:
@@ -114,3 +116,7 @@ def _statistic(file: Path, name: str) -> int:
         if key == name:
             return int(value)
     return 0
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0))

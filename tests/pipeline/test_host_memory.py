@@ -1,3 +1,6 @@
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -5,8 +8,23 @@ import pytest
 from inflash.errors import InflashError
 from inflash.pipeline import host_memory
 from inflash.pipeline.host_memory import available_bytes, check_fits
+from inflash.pipeline.interpreter import module_environment
 
 MIB = 1 << 20
+MANY_THREADS = """
+import ctypes, sys, threading
+from inflash.pipeline.host_memory import keep_few_arenas
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.fdopen.restype = ctypes.c_void_p, ctypes.c_void_p
+keep_few_arenas()
+together = threading.Barrier(100)
+threads = [threading.Thread(target=lambda: (libc.malloc(5000), together.wait())) for _ in range(100)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+out = ctypes.c_void_p(libc.fdopen(1, b"w"))
+libc.malloc_info(0, out)
+libc.fflush(out)
+"""
 
 
 def version_1(group: Path, limit: int, used: int, cache: int) -> None:
@@ -81,3 +99,9 @@ def test_processors_and_plugins_take_memory(monkeypatch: pytest.MonkeyPatch) -> 
         assert with_(16, ["xla_cuda13"]) - with_(16, []) == 90 * MIB
     finally:
         host_memory.engine_bytes.cache_clear()
+
+
+@pytest.mark.skipif(not hasattr(host_memory._libc, "malloc_info"), reason="another malloc than glibc's")
+def test_threads_neither_share_one_arena_nor_have_one_each() -> None:
+    done = subprocess.run([sys.executable, "-c", MANY_THREADS], env=module_environment(), capture_output=True, check=True)
+    assert done.stdout.count(b"<heap nr=") == len(os.sched_getaffinity(0)) + 2
