@@ -1,4 +1,4 @@
-"""The process that `inflash profile` watches: attaches its recorder, then runs an ordinary command line."""
+"""The process that `inflash profile` watches, and ends with: attaches its recorder, then runs an ordinary command line."""
 
 import contextlib
 import json
@@ -6,11 +6,13 @@ import sys
 from collections.abc import Iterator
 
 from ..pipeline import trace
+from ..pipeline.interpreter import end_with_parent
 from .cli import main
 
 
 def run(descriptor: int, jax_trace: str | None, words: list[str]) -> int:
     """The exit code of the command line `words`, its spans in the trace area behind `descriptor`."""
+    end_with_parent()
     trace.attach(descriptor)
     with _jax_trace(jax_trace):
         return main(words)

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ..errors import InflashError
+from ..pipeline.interpreter import end_with_parent
 
 
 def tell_step(done: int) -> None:
@@ -13,7 +14,8 @@ def tell_step(done: int) -> None:
 
 
 def tell_result(measure: Callable[[], dict[str, Any]]) -> int:
-    """Prints `{"result": ...}`, or `{"error": ...}` in one sentence; returns the exit code."""
+    """Prints `{"result": ...}`, or `{"error": ...}` in one sentence; returns the exit code. A row whose bench is gone ends."""
+    end_with_parent()
     try:
         document = {"result": measure()}
     except InflashError as error:

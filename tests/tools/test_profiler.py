@@ -182,6 +182,28 @@ def test_a_killed_process_leaves_its_last_span(store: Store, device: Path, tmp_p
         assert [event for event in spans if event["pid"] == engine and event["args"].get("unfinished")]
 
 
+def test_a_run_whose_watcher_was_killed_begins_nothing_more(store: Store, device: Path, tmp_path: Path) -> None:
+    command = words(store, device, tmp_path / "profile", "[5, 6]", max_tokens=1000, ignore_eos=True)
+    request = (tmp_path / "in.jsonl").read_text()
+    (tmp_path / "in.jsonl").write_text("".join(request.replace('"custom_id": "a"', f'"custom_id": "{n}"') for n in range(8)))
+    profiling = subprocess.Popen(
+        [sys.executable, "-m", "inflash.tools.cli", *command, "--max-num-seqs", "1"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    processes = wait_for_steps(profiling)
+    profiling.kill()
+    profiling.communicate(timeout=WAIT_S)  # until the run, which has the pipes' other ends, is over
+    deadline = time.monotonic() + WAIT_S
+    while any(
+        Path(f"/proc/{process}/cmdline").exists() and Path(f"/proc/{process}/cmdline").read_bytes() for process in processes
+    ):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert len((tmp_path / "profile" / "responses.jsonl").read_text().splitlines()) == 1  # what was in flight
+
+
 def stop_within_a_span(engine: int) -> None:
     """Stops the engine at a moment at which a span of its is under way: between two steps there is none."""
     descriptors = Path(f"/proc/{engine}/fd").iterdir()
