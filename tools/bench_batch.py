@@ -33,24 +33,30 @@ def run(arguments: argparse.Namespace) -> int:
     most = arguments.requests or max(arguments.batch)
     token_ids, source = tokens_for(store, arguments.text, most, arguments.prompt_tokens)
     length = arguments.prompt_tokens + arguments.tokens
+    runs: list[tuple[dict[str, Any], dict[str, Any]]] = []
+    for batch in arguments.batch:
+        memory = arguments.memory_limit
+        if arguments.kv_on_top:
+            memory += kv_cache_bytes(store, (batch - 1) * capacity_for(length))
+        for path in arguments.paths:
+            config = {
+                "memory": memory,
+                "path": path,
+                "batch": batch,
+                "prompts": token_ids[: arguments.requests or batch].tolist(),
+                "tokens": arguments.tokens,
+            }
+            runs.append(({"batch": batch, "path": path, "memory_bytes": memory}, config))
     results: list[dict[str, Any]] = []
-    with progress_bar(total=len(arguments.batch) * len(arguments.paths), desc="measuring", unit=" runs") as bar:
-        for batch in arguments.batch:
-            memory = arguments.memory_limit
-            if arguments.kv_on_top:
-                memory += kv_cache_bytes(store, (batch - 1) * capacity_for(length))
-            for path in arguments.paths:
-                row = {"batch": batch, "path": path, "memory_bytes": memory}
-                config = {
-                    "memory": memory,
-                    "path": path,
-                    "batch": batch,
-                    "prompts": token_ids[: arguments.requests or batch].tolist(),
-                    "tokens": arguments.tokens,
-                }
+    with progress_bar(total=len(runs), desc="measuring", unit=" runs") as bar:
+        try:
+            for row, config in runs:
                 results.append(row | _measured(arguments.model, config))
                 bar.update()
-    _report(store, arguments, results, source)
+        finally:  # a run takes minutes: what interrupts one takes none of the others along
+            bar.close()
+            if results:
+                _report(store, arguments, results, source)
     return 0
 
 

@@ -47,10 +47,14 @@ def run(arguments: argparse.Namespace) -> int:
         _comparison(store, options, planner, arguments) as comparison,
         progress_bar(total=len(runs), desc="measuring", unit=" runs") as bar,
     ):
-        for batch, share in runs:
-            results.append(comparison.of_budget(batch, share))
-            bar.update()
-    _report(store, results, arguments.plot)
+        try:
+            for batch, share in runs:
+                results.append(comparison.of_budget(batch, share))
+                bar.update()
+        finally:  # a run takes a minute: what interrupts one takes none of the others along
+            bar.close()
+            if results:
+                _report(store, results, arguments.plot)
     return 0
 
 

@@ -2,11 +2,13 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from synthetic_stores import synthetic_store
 from tiny_models import BUFFERED
 
+from inflash.tools import bench_batch
 from inflash.tools.bench_batch import find_crossover
 from inflash.tools.cli import main
 
@@ -33,6 +35,23 @@ def test_rows_show_what_was_read_and_how(
     assert dense["cached_layers"] == 0 and dense["dense_share"] == 1
     assert sparse["tokens_per_s"] == pytest.approx(12 / sparse["seconds"])
     assert (tmp_path / "batches.png").exists()
+
+
+def test_an_interruption_loses_no_finished_row(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(model: Path, config: dict[str, Any]) -> dict[str, Any]:
+        if config["path"] == "dense":
+            raise KeyboardInterrupt
+        return {"failed": "no disk"}
+
+    monkeypatch.setattr(bench_batch, "_measured", interrupted)
+    store = synthetic_store(tmp_path / "store", num_layers=2)
+    command = ["bench", "batch", str(store.path), "--memory-limit", "560MiB", "--batch", "3", "--paths", "sparse,dense"]
+    assert main(command) == 130
+    lines = capsys.readouterr().out.splitlines()
+    assert "batch 3, sparse: no disk" in lines
+    assert [row["failed"] for row in json.loads(lines[-1])["rows"]] == ["no disk"]
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from inflash.pipeline.hit_curves import assumed_curves
 from inflash.pipeline.options import EngineOptions
 from inflash.pipeline.planner import Planner
 from inflash.storage.store import Store
-from inflash.tools import bench_plan, tiny_model, yardstick
+from inflash.tools import bench_plan, plan_run, tiny_model, yardstick
 from inflash.tools.bench_plan import neighbours
 from inflash.tools.cli import main
 from inflash.tools.plan_run import OwnRunError, run_in_turns
@@ -61,6 +61,19 @@ def test_a_budget_is_predicted_run_and_compared_and_one_too_small_is_reported(
     assert document["worst_error"] == document["median_error"] == abs(row["error"])
     assert row["peak_bytes"] is None or row["peak_bytes"] <= row["memory_bytes"] + (64 << 20)
     assert (tmp_path / "budgets.png").exists()
+
+
+def test_an_interruption_loses_no_finished_row(
+    store: Store, quick: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(plan_run, "run_watched", interrupted)
+    command = ["bench", "plan", str(store.path), "--budgets", "1,100000", "--batch", "2", "--length", "64"]
+    assert main(command) == 130
+    (refused,) = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    assert "need at least" in refused["refused"]
 
 
 def test_a_model_that_caches_keep_goes_by_the_steps_of_another(
