@@ -39,7 +39,9 @@ def _attend_tokens(
     return attention_chunk(x, weights, keys, values, tables, places[0], places[1], pieces, num_pieces, shape)
 
 
-_attention_decode = jit(_attend_places, static_argnames=("shape", "num_positions"), donate_argnames=("keys", "values"))
+_attention_decode = jit(
+    _attend_places, unrolled=False, static_argnames=("shape", "num_positions"), donate_argnames=("keys", "values")
+)
 _attention_chunk = jit(_attend_tokens, static_argnames="shape", donate_argnames=("keys", "values"))
 
 

@@ -23,9 +23,9 @@ from .slab import Slab, SlabPlan
 from .weights import ModelWeights, on_device
 
 _embed = jit(embed, static_argnames=("position_offset", "compute_dtype"))
-_logits = jit(logits, static_argnames="shape")
+_logits = jit(logits, unrolled=False, static_argnames="shape")
 _final_hidden = jit(final_hidden, static_argnames="shape")
-_linear = jit(linear, static_argnames="compute_dtype")
+_linear = jit(linear, unrolled=False, static_argnames="compute_dtype")
 
 _HEADS_WAY = ATTENTION_OUT
 

@@ -21,7 +21,7 @@ from .weights import ModelWeights, alias, aligned_empty, on_device
 
 _predict_exact = jit(predict_exact)
 _low_rank_scores = jit(low_rank_scores, static_argnames="between")
-_predict_low_rank = jit(predict_low_rank, static_argnames="between")
+_predict_low_rank = jit(predict_low_rank, unrolled=False, static_argnames="between")
 _sign_scores = jit(sign_scores)
 _predict_signs = jit(predict_signs)
 

@@ -56,8 +56,8 @@ class Case:
 
         return jit(form, **jit_arguments)
 
-    def plain(self, function: Callable[..., Any], *operands: jax.Array | LowRank) -> Call:
-        return partial(self.traced(function), *operands)
+    def plain(self, function: Callable[..., Any], *operands: jax.Array | LowRank, unrolled: bool = False) -> Call:
+        return partial(self.traced(function, unrolled=unrolled), *operands)
 
 
 class Weights:
@@ -128,7 +128,10 @@ def kernel_cases(weights: Weights, batch: int) -> list[Case]:
             lambda case: _attention(case, weights, x, FEW_POSITIONS),
         ),
         "gathered_ffn": (ffn_bytes * active // d_ff, lambda case: _gathered(case, weights, x, active)),
-        "dense_ffn": (ffn_bytes, lambda case: case.plain(dense, x, x, weights.up, weights.down, weights.loud_bias)),
+        "dense_ffn": (
+            ffn_bytes,
+            lambda case: case.plain(dense, x, x, weights.up, weights.down, weights.loud_bias, unrolled=True),
+        ),
     }
     return [Case(name=name, batch=batch, num_bytes=size, prepare=prepare) for name, (size, prepare) in kernels.items()]
 
@@ -142,7 +145,7 @@ def _attention(case: Case, weights: Weights, x: jax.Array, num_positions: int) -
     batch, d_model = x.shape
     head_dim = math.gcd(d_model, 128 if d_model > _WIDEST_OF_SMALL_HEADS else 64)
     shape = LayerShape(num_heads=d_model // head_dim)
-    step = case.traced(partial(attention_decode, shape=shape, num_positions=num_positions), donate_argnums=(2, 3))
+    step = case.traced(partial(attention_decode, shape=shape, num_positions=num_positions), unrolled=False, donate_argnums=(2, 3))
     blocks = _CAPACITY // BLOCK_SIZE
     cache = [jnp.zeros((shape.num_heads, batch * blocks, BLOCK_SIZE, head_dim), jnp.float32) for _ in range(2)]
     tables = jnp.asarray(np.random.default_rng(0).permutation(batch * blocks).reshape(batch, blocks).astype(np.int32))

@@ -100,7 +100,7 @@ def neuron_files(store: Store) -> list[tuple[Path, int]]:
 
 def _products(batches: Iterable[int], rows: int, columns: int) -> dict[int, Callable[[], object]]:
     """Calls that multiply a [rows, columns] matrix with so many vectors, and wait for the result."""
-    product, weight = jit(linear), jnp.resize(jnp.linspace(-1, 1, 4096, dtype=jnp.bfloat16), (rows, columns))
+    product, weight = jit(linear, unrolled=False), jnp.resize(jnp.linspace(-1, 1, 4096, dtype=jnp.bfloat16), (rows, columns))
     vectors = {batch: jnp.ones((batch, columns), jnp.float32) for batch in batches}
     return {batch: partial(_completed, product, each, weight) for batch, each in vectors.items()}
 
