@@ -77,16 +77,16 @@ class _Probe:
         from .tiny_model import TinyModel
         from .yardstick import Yardstick, neuron_files
 
-        with ThreadPoolExecutor(2) as beside:
+        with ThreadPoolExecutor(3) as beside:
             compiling = beside.submit(ProbedKernels, WIDTHS)
             making = beside.submit(lambda: opened.enter_context(TinyModel(scratch / "tiny", BATCHES)))
             given = (folder / "zarr.json").exists()  # then the other is only for neurons of a known size
             self.folder, self.own = folder, scratch_store(scratch / "neurons", _BUNDLE_BYTES, _FEW_MIB if given else _FILE_MIB)
-            self.small = opened.enter_context(SmallModel(scratch / "model", BATCHES))
             self.store = open_store(folder) if given else self.own
             self.files = neuron_files(self.store)
-            self.yardstick = Yardstick(self.files, BATCHES)
-            self.kernels, self.tiny = compiling.result(), making.result()
+            settling = beside.submit(Yardstick, self.files, BATCHES)
+            self.small = opened.enter_context(SmallModel(scratch / "model", BATCHES))
+            self.kernels, self.tiny, self.yardstick = compiling.result(), making.result(), settling.result()
 
     def measure(self, progress: Callable[[], object]) -> Any:
         """The `Device`."""
@@ -168,7 +168,7 @@ def _curve_in(state: Any, curve: Sequence[tuple[int, int, float, Any]]) -> tuple
 
 def _dram() -> dict[int, float]:
     """Bytes a second that so many threads read together from an array larger than any cache."""
-    array = np.ones(48 << 20, np.uint64)
+    array = np.ones(min(384 << 20, max(64 << 20, 4 * _cache_bytes())) // 8, np.uint64)
     rates = {}
     for threads in sorted({1, len(os.sched_getaffinity(0))}):
         parts = np.array_split(array, threads)

@@ -9,7 +9,7 @@ from typing import Any
 
 from .tiny_model import NUM_LAYERS, POSITION, TinyModel
 
-_TURNS = 10
+_TURNS = 8
 
 
 def fitted_to_steps(tiny: TinyModel, device: Any) -> Any:

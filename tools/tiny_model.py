@@ -5,7 +5,6 @@ hundred KiB that is much of their time. And whatever else a shared machine does 
 So `inflash probe` fits its figures to this model's steps, and `inflash bench plan` tells by them how fast the machine is.
 """
 
-import math
 import statistics
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -20,9 +19,10 @@ from .probe_model import small_model
 
 WIDTH, NUM_LAYERS = 256, 4
 """Of the model: that of the smallest kernels that are timed."""
-LENGTH = 128
-_STEPS = 64  # of a turn, one after the other: a machine that is a fifth off for some tens of milliseconds is not for all of it
-POSITION = _STEPS // 2  # on average
+LENGTH = 64
+POSITION = LENGTH // 2  # on average
+_STEPS = LENGTH  # of a turn at most, one after the other
+_TURN_S = 0.12  # a machine that is a fifth off for some tens of milliseconds is not for all of it
 
 
 class TinyModel:
@@ -56,7 +56,7 @@ class TinyModel:
         engine = self._engines[streamed]
         engine.prepare(batch, LENGTH, prompts=False)
         token_ids = np.random.default_rng(batch).integers(self.store.config.vocab_size, size=(batch, LENGTH), dtype=np.int32)
-        samples = DecodedSteps(engine, token_ids, 0, LENGTH).run(math.inf, _STEPS)
+        samples = DecodedSteps(engine, token_ids, 0, LENGTH).run(_TURN_S, _STEPS)
         return statistics.median(sample["total_ms"] for sample in samples) / 1e3
 
     def steps_s(self, *, streamed: bool) -> dict[int, float]:
