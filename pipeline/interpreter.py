@@ -27,11 +27,11 @@ def end_with_parent() -> None:
     parent = int(os.environ.get(_PARENT, os.getppid()))
     try:
         descriptor = os.pidfd_open(parent)
-    except ProcessLookupError:
-        descriptor = -1
-    if os.getppid() != parent:  # it was faster
+    except OSError:  # it has ended, or Linux is older than 5.3
+        descriptor = None
+    if os.getppid() != parent:
         os.kill(os.getpid(), signal.SIGTERM)
-    else:
+    elif descriptor is not None:
         threading.Thread(target=_end_after, args=(descriptor,), name="end-with-parent", daemon=True).start()
 
 

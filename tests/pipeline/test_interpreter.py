@@ -5,7 +5,6 @@ import select
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 from inflash.pipeline.interpreter import module_environment
 
@@ -23,11 +22,9 @@ def test_a_killed_parent_takes_its_child_along() -> None:
     with subprocess.Popen([sys.executable, "-c", PARENT], env=module_environment(), stdout=subprocess.PIPE) as parent:
         assert parent.stdout is not None
         assert parent.stdout.readline() == b"up\n"
-        (child,) = Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()
         parent.send_signal(signal.SIGKILL)
-        # The child has the pipe's other end: it closes when the child has ended.
+        # The child has the pipe's other end, too: it closes when both have ended.
         assert select.select([parent.stdout], [], [], WAIT_S)[0] and parent.stdout.read() == b""
-    assert not Path(f"/proc/{child}/stat").exists() or Path(f"/proc/{child}/stat").read_text().split()[2] == "Z"
 
 
 def test_a_child_that_begins_after_its_parent_has_ended_ends_at_once() -> None:
