@@ -33,6 +33,7 @@ blocks, and all of a layer's."""
 GROUP_SIZE = 8
 """Sequences that a native kernel takes through picked neurons together, those of each group only through what they name."""
 
+_HARMLESS_DEPTH = 16  # reads under way that cost nothing where fewer would do
 _PROBE_AGAIN = "run inflash probe again"
 
 
@@ -208,8 +209,12 @@ class Device:
         return sorted({size for size, _ in rates}), sorted({depth for _, depth in rates}), rates
 
     def best_depth(self, size: int) -> int:
-        """The fewest reads under way that get 97 % of the best rate."""
-        depths = sorted({point.depth for point in self.read_curve})
+        """The fewest reads under way that get 97 % of the best rate, and no fewer than cost nothing.
+
+        A disk whose rate was held down while it was measured gives that rate whatever is under way, and ten times as much an hour later.
+        """
+        measured = sorted({point.depth for point in self.read_curve})
+        depths = [depth for depth in measured if depth >= _HARMLESS_DEPTH] or measured[-1:]
         best = max(self.rate_at(size, depth) for depth in depths)
         return next(depth for depth in depths if self.rate_at(size, depth) >= 0.97 * best)
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from inflash.errors import InflashError
 from inflash.pipeline import planner as planner_module
 from inflash.pipeline.cost import CostModel
-from inflash.pipeline.device import Device, assumed_device
+from inflash.pipeline.device import Device, ReadPoint, assumed_device
 from inflash.pipeline.hit_curves import HitCurves, assumed_curves, count_misses
 from inflash.pipeline.machine_state import MachineState
 from inflash.pipeline.memory_parts import total_bytes
@@ -149,6 +149,11 @@ def test_few_reads_are_bound_by_latency_many_by_rate() -> None:
     # A loader's processor time comes in hundredths of a second: a few reads may have taken none.
     assert replace(device, read_cpu_s=0.0).read_s(10_000, 4096, 128) == pytest.approx(10_000 * 4096 / 250e6)
     assert device.best_depth(4096) == 128
+
+
+def test_a_disk_that_was_held_down_while_it_was_probed_is_still_asked_for_many_reads_at_once() -> None:
+    flat = tuple(ReadPoint(size=size, depth=depth, bytes_per_s=3e7) for size in (4096, 65536) for depth in (1, 16, 128))
+    assert replace(assumed_device(), read_curve=flat).best_depth(4096) == 16
 
 
 def test_figures_survive_a_file() -> None:
