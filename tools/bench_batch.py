@@ -21,8 +21,6 @@ from .table import table
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from ..pipeline.fixed_shapes import capacity_for
-    from ..pipeline.memory_parts import kv_cache_bytes
     from .plan_text import tokens_for
 
     if arguments.plot:
@@ -32,8 +30,26 @@ def run(arguments: argparse.Namespace) -> int:
     store = open_store(arguments.model)
     most = arguments.requests or max(arguments.batch)
     token_ids, source = tokens_for(store, arguments.text, most, arguments.prompt_tokens)
-    length = arguments.prompt_tokens + arguments.tokens
-    runs: list[tuple[dict[str, Any], dict[str, Any]]] = []
+    runs = _runs(arguments, store, token_ids)
+    results: list[dict[str, Any]] = []
+    with progress_bar(total=len(runs), desc="measuring", unit=" runs") as bar:
+        try:
+            for row, config in runs:
+                results.append(row | _measured(arguments.model, config))
+                bar.update()
+        finally:  # a run takes minutes: what interrupts one takes none of the others along
+            bar.close()
+            if results:
+                _report(store, arguments, results, source)
+    return 0
+
+
+def _runs(arguments: argparse.Namespace, store: Store, token_ids: Any) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """Each row's first figures, and the settings of its process."""
+    from ..pipeline.fixed_shapes import capacity_for
+    from ..pipeline.memory_parts import kv_cache_bytes
+
+    runs, length = [], arguments.prompt_tokens + arguments.tokens
     for batch in arguments.batch:
         memory = arguments.memory_limit
         if arguments.kv_on_top:
@@ -47,17 +63,7 @@ def run(arguments: argparse.Namespace) -> int:
                 "tokens": arguments.tokens,
             }
             runs.append(({"batch": batch, "path": path, "memory_bytes": memory}, config))
-    results: list[dict[str, Any]] = []
-    with progress_bar(total=len(runs), desc="measuring", unit=" runs") as bar:
-        try:
-            for row, config in runs:
-                results.append(row | _measured(arguments.model, config))
-                bar.update()
-        finally:  # a run takes minutes: what interrupts one takes none of the others along
-            bar.close()
-            if results:
-                _report(store, arguments, results, source)
-    return 0
+    return runs
 
 
 @dataclass(frozen=True, slots=True)
