@@ -1,29 +1,20 @@
-"""What a machine and its disk can do, in the few figures that the cost model needs, and where they are kept.
+"""What a machine and its disk can do, in the few figures that the cost model needs.
 
-`inflash probe` measures them. They are for one machine, one file system and one version: `find_device` says when they no longer fit.
-Reference: arXiv:2312.11514, 2.3 and 4.
+`inflash probe` measures them, `device_file` keeps them. Reference: arXiv:2312.11514, 2.3 and 4.
 """
 
-import hashlib
-import json
 import math
 import os
-import platform
 import statistics
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from importlib import metadata
 from itertools import accumulate, pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .. import __version__
-from ..errors import InflashError
 from ..storage.read_rate import worthwhile_gap
-from . import native_library
 from .machine_state import MachineState
 
 KERNELS = ("attention", "keys and values", "head", "predictor", "two predictors", "gather", "block", "dense")
@@ -34,7 +25,8 @@ GROUP_SIZE = 8
 """Sequences that a native kernel takes through picked neurons together, those of each group only through what they name."""
 
 _HARMLESS_DEPTH = 16  # reads under way that cost nothing where fewer would do
-_PROBE_AGAIN = "run inflash probe again"
+_SCALING_DEPTH, _SCALES = 64, 3.0
+"""So many small reads under way get at least so many times the rate of one, of any SSD that is left alone; of ours 7 to 12 times."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -218,6 +210,18 @@ class Device:
         best = max(self.rate_at(size, depth) for depth in depths)
         return next(depth for depth in depths if self.rate_at(size, depth) >= 0.97 * best)
 
+    def held_down(self) -> str:
+        """What the curve looks like where somebody bounds the disk's rate, in a clause; "" where nobody seems to."""
+        size = min(point.size for point in self.read_curve)
+        rates = {point.depth: point.bytes_per_s for point in self.read_curve if point.size == size}
+        shallow, deep = min(rates), max(rates)
+        if shallow > 1 or deep < _SCALING_DEPTH or rates[deep] >= _SCALES * rates[shallow]:
+            return ""
+        return (
+            f"{deep} reads of {size >> 10} KiB under way got {rates[deep] / 1e6:.0f} MB/s where one got {rates[shallow] / 1e6:.0f}: "
+            "its provider, a cgroup or another program seems to hold the disk down, or it is no SSD"
+        )
+
     def worthwhile_gap(self) -> int:
         """Bytes that cost no more to read along than another read costs."""
         return worthwhile_gap((point.size, point.bytes_per_s) for point in self.read_curve)
@@ -333,64 +337,3 @@ def assumed_device() -> Device:
         read_cpu_s=9e-6,
         stream_cpu_s=1.5e-10,
     )
-
-
-def machine_of(folder: Path) -> dict[str, str]:
-    """What figures of a folder's disk depend on, by name."""
-    mount = _mount_of(folder)
-    return {
-        "inflash": __version__,
-        "jaxlib": metadata.version("jaxlib"),
-        "processor": hashlib.sha256("\0".join(native_library.processor()).encode()).hexdigest()[:16],
-        "kernels": "native" if native_library.choose() else "xla",
-        "system": f"{platform.system()} {platform.machine()}",
-        "disk": mount,
-    }
-
-
-def _mount_of(folder: Path) -> str:
-    """The file system that holds a folder: its device's number, type and source."""
-    device = os.stat(folder).st_dev
-    number = f"{os.major(device)}:{os.minor(device)}"
-    for line in Path("/proc/self/mountinfo").read_text().splitlines():
-        fields = line.split()
-        if fields[2] == number:
-            kind, source = fields[fields.index("-") + 1 :][:2]
-            return f"{number} {kind} {source}"
-    return number
-
-
-def device_path(folder: Path) -> Path:
-    """Where the figures of a folder's disk are kept."""
-    digest = hashlib.sha256(_mount_of(folder).encode()).hexdigest()[:16]
-    return native_library.cache_folder() / "inflash" / f"device-{digest}.json"
-
-
-def read_device(file: Path) -> Device:
-    """A file of `inflash probe`.
-
-    Raises:
-      InflashError: it cannot be read, or is no such file.
-    """
-    try:
-        return Device.from_json(json.loads(file.read_bytes()))
-    except OSError as error:
-        raise InflashError(f"{file}: cannot be read: {error.strerror}; {_PROBE_AGAIN}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InflashError(f"{file}: expected a file of inflash probe, found other content ({error}); {_PROBE_AGAIN}") from error
-
-
-def find_device(folder: Path) -> tuple[Device, str]:
-    """The figures for a folder's disk, or assumed ones, and a sentence on them: "" where they were measured here and still fit."""
-    file = device_path(folder)
-    if not file.exists():
-        return assumed_device(), f"nothing was measured here, so rates are assumed: run inflash probe {folder}"
-    try:
-        device = read_device(file)
-    except InflashError as error:
-        return assumed_device(), f"rates are assumed: {error}"
-    now = machine_of(folder)
-    if changed := [name for name in now if device.machine.get(name) != now[name]]:
-        listed = ", ".join(f"{name} (was {device.machine.get(name)}, is {now[name]})" for name in changed)
-        return device, f"rates were measured with something else: {listed}; run inflash probe {folder}"
-    return device, ""

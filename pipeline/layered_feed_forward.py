@@ -9,7 +9,7 @@ import numpy as np
 
 from ..storage.store import Store
 from .cached_feed_forward import CachedFeedForward
-from .device import find_device
+from .device_file import find_device
 from .feed_forward import FeedForward, ResidentFeedForward, StreamedFeedForward, Tile
 from .loader_pool import LoaderPool
 from .options import EngineOptions

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..storage.store import Store
-from .device import find_device, read_device
+from .device_file import find_device, read_device
 from .engine import Engine
 from .fixed_shapes import capacity_for
 from .hit_curves import find_curves
@@ -38,6 +38,8 @@ def open_planner(store: Store, options: EngineOptions, device_file: Path | None 
     predictor = choose_predictor(store, options.predictor) if usable or options.predictor != "auto" else None
     curves = find_curves(store, predictor)
     notes = [note] if note else []
+    if held_down := device.held_down():
+        notes.append(f"when the disk was measured, {held_down}; run inflash probe {store.path} once it is not")
     if predictor is not None and not curves.predictor:
         notes.append(f"hit curves are {curves.source}")
     return Planner(store, options, device, curves), notes

@@ -39,7 +39,7 @@ _CURVE_S, _KERNEL_S = 0.12, 0.08
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from ..pipeline.device import device_path
+    from ..pipeline.device_file import device_path
 
     folder: Path = arguments.folder
     if not folder.is_dir():
@@ -90,7 +90,8 @@ class _Probe:
 
     def measure(self, progress: Callable[[], object]) -> Any:
         """The `Device`."""
-        from ..pipeline.device import Device, Rate, machine_of
+        from ..pipeline.device import Device, Rate
+        from ..pipeline.device_file import machine_of
         from ..pipeline.machine_state import MachineState
         from .probe_layer import fetching, streaming
         from .probe_tiny_model import fitted_to_steps
@@ -193,6 +194,8 @@ def _report(device: Any, file: Path) -> None:
     print("Random reads past the page cache, MB/s:\n")
     rows = [[f"{size >> 10} KiB", *(f"{rates[size, depth] / 1e6:.0f}" for depth in DEPTHS)] for size in SIZES]
     print(table(["size", *(f"{depth} under way" for depth in DEPTHS)], rows), end="\n\n")
+    if held_down := device.held_down():
+        print(f"Note: {held_down}.\nPlans and predictions are for that; run this again once it is not.\n")
     print(
         f"Streaming through a loader: {device.stream_bytes_per_s / 1e9:.2f} GB/s. Beside kernels loaders reach {device.loader_share:.0%}"
     )

@@ -258,6 +258,7 @@ def test_a_loader_that_cannot_start_is_told(neurons, monkeypatch: pytest.MonkeyP
 def test_a_loader_that_cannot_even_be_made_leaves_nothing(neurons, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = SlabPlan()
     regions, slab = LoaderPool.reserve(plan, 2, 500), Slab(plan.num_bytes)
+    gc.collect()
     descriptors = sorted(os.listdir("/proc/self/fd"))
     monkeypatch.setattr(sys, "executable", "/no/such/interpreter")
     with pytest.raises(FileNotFoundError, match="/no/such/interpreter"):

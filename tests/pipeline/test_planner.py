@@ -156,6 +156,15 @@ def test_a_disk_that_was_held_down_while_it_was_probed_is_still_asked_for_many_r
     assert replace(assumed_device(), read_curve=flat).best_depth(4096) == 16
 
 
+@pytest.mark.parametrize(("deep", "deepest", "held_down"), [(89e6, 128, True), (91e6, 128, False), (30e6, 32, False)])
+def test_a_curve_that_does_not_rise_with_reads_under_way_is_told(deep: float, deepest: int, held_down: bool) -> None:
+    """Of the smallest reads, and where there were enough of them."""
+    points = [(4096, 1, 30e6), (4096, 16, 2e8), (4096, deepest, deep), (65536, 1, 1e8), (65536, deepest, 1e8)]
+    curve = tuple(ReadPoint(size=size, depth=depth, bytes_per_s=rate) for size, depth, rate in points)
+    told = replace(assumed_device(), read_curve=curve).held_down()
+    assert told.startswith("128 reads of 4 KiB under way got 89 MB/s where one got 30: ") == bool(told) == held_down
+
+
 def test_figures_survive_a_file() -> None:
     device = assumed_device()
     assert Device.from_json(json.loads(json.dumps(device.to_json()))) == device

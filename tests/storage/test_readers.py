@@ -1,5 +1,6 @@
 """One contract for both readers, and what only the direct one promises. Axes: F d_ff, P parts, D d_model, S slots."""
 
+import gc
 import mmap
 import os
 import threading
@@ -259,6 +260,7 @@ def test_many_threads_share_one_reader(tmp_path: Path) -> None:
 
 
 def test_closing_leaves_no_descriptor(store: Store) -> None:
+    gc.collect()  # what other tests left to it
     before = sorted(os.listdir("/proc/self/fd"))
     reader = DirectReader(store.path, 0)
     reader.close()

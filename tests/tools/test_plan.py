@@ -1,6 +1,7 @@
 """`inflash probe` and `inflash plan`: what they measure, keep, print and refuse, on a small model."""
 
 import json
+import re
 from itertools import pairwise
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 from synthetic_stores import synthetic_store
 from tiny_models import BUFFERED
 
-from inflash.pipeline import calibration, device
+from inflash.pipeline import calibration, device, device_file
 from inflash.pipeline.hit_curves import find_curves
 from inflash.storage.store import Store
 from inflash.tools import probe, probe_layer, probe_model, probe_tiny_model, tiny_model, yardstick
@@ -66,10 +67,23 @@ def test_a_machine_is_measured_and_a_plan_says_what_it_is_made_from(
     assert document["least_bytes"] <= document["used_bytes"] <= document["memory_bytes"] == 400 << 20
     totals = [point["total_ms"] for point in document["curve"]]
     assert all(after <= before * 1.001 for before, after in pairwise(totals))
-    monkeypatch.setattr(device, "__version__", "another")
+    monkeypatch.setattr(device_file, "__version__", "another")
     assert main([*command]) == 0
     (note,) = json.loads(capsys.readouterr().out)["notes"]
     assert note.startswith("rates were measured with something else: inflash (was 0.1.0, is another); run inflash probe")
+
+
+def test_a_disk_that_is_held_down_is_told_by_the_probe_and_by_plans_that_go_by_it(
+    store: Store, quick: None, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(probe, "DEPTHS", (1, 64))
+    monkeypatch.setattr(probe, "read_rate", lambda file, file_bytes, size, depth, seconds: 2e7)
+    kept = tmp_path / "device.json"
+    assert main(["probe", str(store.path), "-o", str(kept)]) == 0
+    told = r"64 reads of 4 KiB under way got \d+ MB/s where one got \d+: its provider, a cgroup or another program"
+    assert re.search(f"Note: {told}.*\nPlans and predictions are for that", capsys.readouterr().out)
+    assert main(["plan", str(store.path), "--memory", "400MiB", "--length", "64", "--json", "--device", str(kept)]) == 0
+    assert any(re.match(f"when the disk was measured, {told}", note) for note in json.loads(capsys.readouterr().out)["notes"])
 
 
 def test_a_plan_in_words_and_as_a_picture(store: Store, quick: None, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
