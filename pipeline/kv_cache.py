@@ -42,7 +42,7 @@ def _attend_tokens(
 _attention_decode = jit(
     _attend_places, unrolled=False, static_argnames=("shape", "num_positions"), donate_argnames=("keys", "values")
 )
-_attention_chunk = jit(_attend_tokens, static_argnames="shape", donate_argnames=("keys", "values"))
+_attention_chunk = jit(_attend_tokens, unrolled=False, static_argnames="shape", donate_argnames=("keys", "values"))
 
 
 def num_cache_blocks(num_seqs: int, max_length: int, num_positions: int | None = None) -> int:

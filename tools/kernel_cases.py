@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import jax
@@ -61,17 +61,30 @@ class Case:
 
 
 class Weights:
-    """Random bf16 matrices of one layer and the head, and the arrays that the kernels want besides."""
+    """Random bf16 matrices of one layer and the head, and what the kernels want besides; all but the neurons are made when asked for."""
 
     def __init__(self, d_model: int, d_ff: int, vocab: int) -> None:
         self._rng = np.random.default_rng()
-        self.d_model, self.d_ff = d_model, d_ff
+        self.d_model, self.d_ff, self.vocab = d_model, d_ff, vocab
         self.up, self.down = self.matrix(d_ff, d_model), self.matrix(d_ff, d_model)
         self.bundles = jnp.stack([self.up, self.down], axis=1)
         self.up_bias = self.vectors(d_ff)
         self.loud_bias = jnp.full(d_ff, 100, jnp.float32)  # no ReLU silences such a neuron
-        self.head = self.matrix(vocab, d_model)
-        self.predictors = [(self.matrix(_RANK, d_model), self.matrix(d_ff, _RANK)) for _ in range(2)]
+
+    @cached_property
+    def head(self) -> jax.Array:
+        return self.matrix(self.vocab, self.d_model)
+
+    @cached_property
+    def predictors(self) -> list[LowRank]:
+        """Two of one layer."""
+        threshold = jnp.zeros(1, jnp.float32)
+        pairs = [(self.matrix(_RANK, self.d_model), self.matrix(self.d_ff, _RANK)) for _ in range(2)]
+        return [LowRank(first, second, self.up_bias, threshold) for first, second in pairs]
+
+    @cached_property
+    def attention(self) -> dict[str, jax.Array]:
+        """A layer's weights without its feed-forward block."""
         names = (
             "attention_norm_scale",
             "attention_norm_bias",
@@ -80,11 +93,10 @@ class Weights:
             "ffn_norm_bias",
             "down_bias",
         )
-        self.attention = {name: self.vectors(d_model) for name in names}
-        self.attention |= {
-            "qkv": self.matrix(3 * d_model, d_model),
-            "qkv_bias": self.vectors(3 * d_model),
-            "attention_out": self.matrix(d_model, d_model),
+        return {name: self.vectors(self.d_model) for name in names} | {
+            "qkv": self.matrix(3 * self.d_model, self.d_model),
+            "qkv_bias": self.vectors(3 * self.d_model),
+            "attention_out": self.matrix(self.d_model, self.d_model),
         }
 
     def vectors(self, *shape: int) -> jax.Array:
@@ -107,21 +119,22 @@ def kernel_cases(weights: Weights, batch: int) -> list[Case]:
     """Every kernel at one batch size."""
     d_model, d_ff, active = weights.d_model, weights.d_ff, max(1, weights.d_ff // _ACTIVE_SHARE)
     x = weights.vectors(batch, d_model)
-    threshold = jnp.zeros(1, jnp.float32)
-    qkv, out = weights.attention["qkv"], weights.attention["attention_out"]
-    ffn_bytes, projection_bytes = weights.up.nbytes + weights.down.nbytes, qkv.nbytes + out.nbytes
+    itemsize = weights.up.dtype.itemsize
+    ffn_bytes, projection_bytes = 2 * itemsize * d_ff * d_model, 4 * itemsize * d_model**2
     position_bytes = 2 * batch * d_model * np.dtype(np.float32).itemsize  # of keys and values
-    now, soon = (LowRank(first, second, weights.up_bias, threshold) for first, second in weights.predictors)
+    predictor_bytes = itemsize * _RANK * (d_model + d_ff)
     predict, predict_two = (partial(predict_low_rank, between=("none",) * number) for number in (1, 2))
-    predictor_bytes = now.first.nbytes + now.second.nbytes
     dense = partial(block_ffn, count=d_ff, compute_dtype="bfloat16")
     kernels: dict[str, tuple[int, Callable[[Case], Call]]] = {
         "nothing": (0, lambda case: case.plain(jnp.negative, x)),
         "linear": (weights.up.nbytes, lambda case: case.plain(linear, x, weights.up, weights.up_bias)),
-        "attention projections": (projection_bytes, lambda case: case.plain(_projections, x, qkv, out)),
-        "head": (weights.head.nbytes, lambda case: case.plain(linear, x, weights.head)),
-        "predictor": (predictor_bytes, lambda case: case.plain(predict, x, now)),
-        "predictor and look-ahead": (2 * predictor_bytes, lambda case: case.plain(predict_two, x, now, soon)),
+        "attention projections": (
+            projection_bytes,
+            lambda case: case.plain(_projections, x, weights.attention["qkv"], weights.attention["attention_out"]),
+        ),
+        "head": (itemsize * weights.vocab * d_model, lambda case: case.plain(linear, x, weights.head)),
+        "predictor": (predictor_bytes, lambda case: case.plain(predict, x, weights.predictors[0])),
+        "predictor and look-ahead": (2 * predictor_bytes, lambda case: case.plain(predict_two, x, *weights.predictors)),
         "attention": (projection_bytes + POSITIONS * position_bytes, lambda case: _attention(case, weights, x, POSITIONS)),
         "short attention": (
             projection_bytes + FEW_POSITIONS * position_bytes,
