@@ -5,17 +5,25 @@ asked. Bad input raises `InflashError` and ends with 2, like a flag that argpars
 """
 
 import argparse
+import contextlib
 import os
 import select
+import signal
 import sys
+import threading
 import warnings
+from collections.abc import Iterator
 from importlib import import_module
 
 from .. import __version__
 from ..errors import InflashError, RunError
 from .commands import BENCHMARKS, COMMANDS, Command
 
-FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
+FAILED, BAD_INPUT, INTERRUPTED, TERMINATED = 1, 2, 130, 143
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM came, as from `timeout`, systemd and batch systems: what is open is closed and finished rows are shown, as after Ctrl-C."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -65,11 +73,15 @@ def main(argv: list[str] | None = None) -> int:
     )
     warnings.formatwarning = _warning_line
     try:
-        code = import_module(f".{arguments.module}", __package__).run(arguments)
+        with _hearing_sigterm():
+            code = import_module(f".{arguments.module}", __package__).run(arguments)
         sys.stdout.flush()  # here, where a reader that left is dealt with, rather than at exit
         return code
     except InflashError as error:
         return _complain(str(error), FAILED if isinstance(error, RunError) else BAD_INPUT)
+    except Terminated:
+        print("\ninflash: ended by SIGTERM", file=sys.stderr)
+        return TERMINATED
     except KeyboardInterrupt:
         print("\ninflash: interrupted", file=sys.stderr)
         return INTERRUPTED
@@ -79,6 +91,23 @@ def main(argv: list[str] | None = None) -> int:
             return FAILED
         where = f"{error.filename}: " if error.filename else ""
         return _complain(f"{where}{error.strerror or error}", FAILED)
+
+
+@contextlib.contextmanager
+def _hearing_sigterm() -> Iterator[None]:
+    """Raises `Terminated` for a SIGTERM, where nobody else decides what it does."""
+
+    def end(*_: object) -> None:
+        raise Terminated
+
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _complain(message: str, code: int) -> int:

@@ -23,7 +23,7 @@ from .synth import PREDICTOR, planted_predictors
 _WIDTH, _LAYERS, _VOCABULARY, _LENGTH = 1024, 4, 4096, 64
 _PROMPT, _POSITIONS = 16, 128
 _TURNS, _TURN_STEPS, _WARM_STEPS = 3, 8, 6
-_GATHERED = 0.125  # of the neurons that a kernel is compiled for at most: more than steps of these sequences name
+_GATHERED = 0.25  # of the neurons that a kernel is compiled for at most: more than steps of these sequences name
 _SLOTS = (1.5, 4.0)  # times what a step names: a cache as small as plans have, and one that misses little
 _SHARES, _DELAYED_S = np.linspace(0.5, 1.0, 6), np.linspace(0, 4e-3, 21)  # that are tried
 _ASKED_S = _DELAYED_S[::5]  # of those the model is asked about; between them its answers lie nearly on lines

@@ -109,7 +109,8 @@ def _model(store: Store) -> dict[str, Any]:
 def _ending(code: int, loaders: list[WriterTrace]) -> str:
     """How the run ended, in words."""
     unfinished = [trace.name for trace in loaders if ((trace.records["kind"] == REQUEST) & (trace.records["end_ns"] == 0)).any()]
-    what = {0: "completed", 1: "failed while running", 2: "refused its input", 130: "interrupted"}.get(code, f"ended with {code}")
+    words = {0: "completed", 1: "failed while running", 2: "refused its input", 130: "interrupted", 143: "ended by SIGTERM"}
+    what = words.get(code, f"ended with {code}")
     if code < 0:
         what = f"the engine was ended by signal {-code}"
     return f"{what}; in the middle of a read: {', '.join(unfinished)}" if code and unfinished else what

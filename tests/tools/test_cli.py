@@ -3,8 +3,10 @@
 import argparse
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import fields
@@ -173,6 +175,39 @@ def test_exit_codes(ends_with, outcome, code: int, message: str, capfd: pytest.C
     ends_with(outcome)
     assert cli.main(["info", "model"]) == code
     assert capfd.readouterr().err == message
+
+
+def test_sigterm_ends_a_command_as_ctrl_c_does(tmp_path: Path) -> None:
+    """With its scratch files removed, and an exit code of its own."""
+    command = [sys.executable, "-m", "inflash.tools.cli", "bench", "io", str(tmp_path), "--file-mib", "16", "--seconds", "30"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd="/")
+    try:
+        deadline = time.monotonic() + 60
+        while not list(tmp_path.glob("inflash-bench-*/store/zarr.json")) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGTERM)
+        out, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        process.wait()
+    assert (process.returncode, out) == (143, "") and errors.endswith("\ninflash: ended by SIGTERM\n")
+    assert "Traceback" not in errors and list(tmp_path.iterdir()) == []
+
+
+def test_a_signal_that_somebody_else_hears_is_left_to_them(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    info = SimpleNamespace(run=lambda _: signal.raise_signal(signal.SIGTERM) or 0)
+    monkeypatch.setitem(sys.modules, "inflash.tools.info", info)
+    heard: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: heard.append(number))
+    try:
+        assert cli.main(["info", "model"]) == 0 and heard == [signal.SIGTERM]
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        assert cli.main(["info", "model"]) == 143 and capfd.readouterr().err == "\ninflash: ended by SIGTERM\n"
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_a_warning_is_one_line() -> None:
