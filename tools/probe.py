@@ -36,6 +36,7 @@ BATCHES = tuple(WIDTHS)
 _TOLD = (1 << 20, 8 << 20, 64 << 20)
 _BUNDLE_BYTES, _FILE_MIB, _FEW_MIB = 8 << 10, 384, 64
 _CURVE_S, _KERNEL_S = 0.12, 0.08
+_LEFT_ALONE, _TRIES = 0.7, 3  # of the rate of fewer or smaller reads; how often a point below that is measured again
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -145,16 +146,34 @@ def _curve(
 
     disk = ("processor_s", "random_bytes_per_s", "stream_bytes_per_s")
     curve, states = [], [yardstick.measure(*disk)]
+
+    def measured(number: int, size: int, depth: int) -> tuple[int, int, float, int]:
+        file, file_bytes = files[number % len(files)]
+        return size, depth, read_rate(file, file_bytes, min(size, file_bytes), depth, _CURVE_S), len(states)
+
     for turn, size in enumerate(SIZES):
-        rates = []
-        for number, depth in enumerate(DEPTHS):
-            file, file_bytes = files[(len(curve) + number) % len(files)]
-            rates.append((depth, read_rate(file, file_bytes, min(size, file_bytes), depth, _CURVE_S)))
+        for depth in DEPTHS:
+            curve.append(measured(len(curve), size, depth))
             progress()
-        curve += [(size, depth, rate, len(states)) for depth, rate in rates]
         if turn % 2 or size == SIZES[-1]:
             states.append(yardstick.measure(*disk))
+    for _ in range(_TRIES):
+        if not (disturbed := _disturbed(curve)):
+            break
+        for number in disturbed:
+            size, depth, *_ = curve[number]
+            curve[number] = max(curve[number], measured(number, size, depth), key=lambda point: point[2])
+        states.append(yardstick.measure(*disk))
     return [(*point, MachineState.between(states[at - 1 : at + 1])) for *point, at in curve], states
+
+
+def _disturbed(curve: Sequence[tuple[int, int, float, int]]) -> list[int]:
+    """The places of points (size, depth, rate, state) that no disk left alone has: larger reads, and more of them, get no less."""
+    return [
+        number
+        for number, (size, depth, rate, _) in enumerate(curve)
+        if any(rate < _LEFT_ALONE * other for least, few, other, _ in curve if least <= size and few <= depth)
+    ]
 
 
 def _curve_in(state: Any, curve: Sequence[tuple[int, int, float, Any]]) -> tuple[Any, ...]:
