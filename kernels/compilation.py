@@ -22,8 +22,6 @@ COMPILER_OPTIONS: dict[str, bool | int | str] = {
     "xla_cpu_prefer_vector_width": 512,
     "xla_disable_hlo_passes": "cse_barrier_expander",
 }
-
-
 _LESS_UNROLLED: dict[str, bool | int | str] = {"xla_backend_optimization_level": 2}
 
 
